@@ -1,0 +1,1730 @@
+"""MAML-TRPO for reinforcement learning, in one file that is read beside the paper.
+
+What this is
+    The reinforcement-learning half of "Model-Agnostic Meta-Learning for Fast
+    Adaptation of Deep Networks" (C. Finn, P. Abbeel, S. Levine, ICML 2017,
+    arXiv 1703.03400v3): find parameters θ from which ONE policy-gradient step on a
+    few episodes of a new task gives a good policy for that task.
+
+Run it
+    python maml_trpo.py --task point2d             train, evaluate, draw, compare
+    python maml_trpo.py --help                     every setting, its default, its source
+    python -m pytest                               the proofs (test_maml_trpo.py)
+
+Algorithm 3 of the paper, the notes' pseudocode, and the function here
+    [MAML Alg.3 l.1]     [notes l.67]     initialise θ             GaussianPolicy.init
+    [MAML Alg.3 l.2]     [notes l.33]     while not done           train_maml
+    [MAML Alg.3 l.3]     [notes l.28]     draw tasks Tᵢ ~ p(T)     TaskFamily.sample_tasks
+    [MAML Alg.3 l.4,9]   [notes l.34]     for all Tᵢ               map_over_tasks
+    [MAML Alg.3 l.5]     [notes l.1-24]   K trajectories D with θ  sample_trajectories
+    [MAML Alg.3 l.6]     [notes l.39-41]  ∇L from D, Eq. 4         inner_loss
+    [MAML Alg.3 l.7]     [notes l.36,42]  θ′ = θ − α∇L             adapt
+    [MAML Alg.3 l.8]     [notes l.44-45]  trajectories D′ with θ′  sample_trajectories
+    [MAML Alg.3 l.10]    [notes l.51-57]  ∇ Σ L(θ′) using D′       surrogate_and_kl
+      TRPO in its place  [notes l.47-49]  mean KL, old ‖ new       kl_old_new
+                         [notes l.60-61]  its Hessian, as H·v      hessian_vector_product
+                         [notes l.62]     x ≈ H⁻¹g                 conjugate_gradient
+                         [notes l.65]     scale, then backtrack    backtrack_line_search
+                         [notes l.66]     the new θ                trpo_meta_step
+    [MAML Alg.3 l.11]    [notes l.69]     end while                train_maml
+
+Symbols (letters are bound once; shapes stand at line ends)
+    M tasks · K trajectories a task · H steps · S observation · A action · P parameters
+    θ   theta         (P,)      the meta-parameters, one flat vector
+    θ′  theta_prime   (P,)      one task's adapted parameters, a function of θ
+    α   alpha         ()        inner step size        γ  gamma, λ  lam: discount, GAE
+    δ   max_kl        ()        trust region: mean KL(old adapted ‖ new adapted) ≤ δ
+    D   inner data    (K,H,..)  sampled with θ         D′ outer data, sampled with θ′
+    Â   adv           (K,H)     advantages             L  loss, minimised (paper: Eq. 4)
+    J   ∂θ′/∂θ        (P,P)     I − α∇²L, never formed
+    F   Fisher        (P,P)     Hessian of the KL at the adapted policy, never formed
+    g   gradient      (P,)      of the meta-objective   x  step direction, x ≈ H⁻¹g
+
+Three voices in the comments
+    Paper:           what the paper says
+    Authors' code:   where the paper's original repository (cbfinn/maml_rl) does otherwise
+    Here:            our choice and its reason
+Every such row stands in notes.md too, with the derivations, the answers to the
+pseudocode's open questions, the measured effects, and what each [tag] refers to.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal, register_kl
+
+# %% 0. Configuration (MAML §5.3, App. A.2)
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used; the message says what, where, what to do."""
+
+
+def setting(default, help: str, ok=None, must: str = "", choices=None) -> Any:
+    """One field of Config: default, help text with its source, and what it must be."""
+    return field(default=default, metadata=dict(
+        help=help, ok=ok, must=must, choices=choices))
+
+
+POSITIVE = dict(ok=lambda x: 0 < x < math.inf, must="a finite number above 0")
+NOT_NEGATIVE = dict(ok=lambda x: 0 <= x < math.inf, must="a finite number, 0 or more")
+FRACTION = dict(ok=lambda x: 0 <= x <= 1, must="between 0 and 1")
+COUNT = dict(ok=lambda x: 1 <= x <= 10**9, must="a whole number, 1 or more")
+COUNT_OR_0 = dict(ok=lambda x: 0 <= x <= 10**9, must="a whole number, 0 or more")
+HVPS = ("finite-difference", "double-backprop", "gauss-newton")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run; `Config(task="point2d", alpha=0.1)` fills in the rest.
+
+    A field whose default is None takes the task's value from PRESETS.
+    Raises BadInput, naming the field, if a value cannot be used.
+    """
+    task: str = setting("point2d", "task family")
+    method: str = setting(
+        "maml", "training method: MAML, or one of the paper's baselines [MAML §5.3]",
+        choices=("maml", "pretrained", "random", "oracle"))
+    seed: int = setting(0, "seed of everything random", **COUNT_OR_0)
+    iterations: int = setting(None, "meta-iterations [MAML Alg.3 l.2]", **COUNT_OR_0)
+    meta_batch_size: int = setting(None, "M, tasks a meta-iteration", **COUNT)
+    rollouts: int = setting(None, "K, episodes a task and policy", **COUNT)
+    horizon: int = setting(None, "H, steps an episode at most", **COUNT)
+    # The inner step
+    alpha: float = setting(None, "α, inner step size", **NOT_NEGATIVE)
+    inner_steps: int = setting(1, "inner steps in training (paper: 1)", **COUNT)
+    first_order: bool = setting(False, "drop the second derivatives: ∂θ′/∂θ = I")
+    inner_loss: str = setting(
+        "log-prob", "inner estimator: log π·Â (authors' code), or the ratio "
+        "π/stop_grad(π)·Â (LVC of ProMP)", choices=("log-prob", "ratio"))
+    # Credit
+    gamma: float = setting(0.99, "γ, discount (authors' code)", **FRACTION)
+    lam: float = setting(1.0, "λ of GAE (authors' code)", **FRACTION)
+    # The policy
+    hidden: tuple = setting(
+        (100, 100), "hidden layer sizes (paper)",
+        ok=lambda sizes: sizes and all(1 <= n <= 10**5 for n in sizes),
+        must="whole numbers above 0, such as 100,100")
+    activation: str = setting("relu", "hidden units (paper: relu)",
+                              choices=("relu", "tanh"))
+    init_std: float = setting(None, "initial std of the actions", **POSITIVE)
+    # TRPO
+    max_kl: float = setting(None, "δ, trust region on the adapted policies", **POSITIVE)
+    damping: float = setting(1e-5, "added to H's diagonal (authors' code)",
+                             **NOT_NEGATIVE)
+    cg_iterations: int = setting(10, "conjugate-gradient steps (authors' code)", **COUNT)
+    cg_tolerance: float = setting(1e-10, "stop CG at r·r below this (authors' code)",
+                                  **NOT_NEGATIVE)
+    hvp: str = setting("finite-difference", "which Hessian-vector product",
+                       choices=HVPS)
+    fd_step: float = setting(0.01, "length of the move in θ that a finite difference "
+                             "makes (ours, measured: notes.md)", **POSITIVE)
+    backtrack_ratio: float = setting(
+        0.8, "line search: each trial's step over the last (authors' code)",
+        ok=lambda x: 0 < x < 1, must="above 0 and below 1")
+    backtrack_steps: int = setting(15, "line search: trials, the full step included "
+                                   "(authors' code)", **COUNT)
+    # Evaluation and machine
+    eval_tasks: int = setting(40, "held-out tasks (paper)", **COUNT)
+    eval_episodes: int = setting(40, "episodes a task and step (paper, 2D)", **COUNT)
+    eval_steps: int = setting(3, "adaptation steps at evaluation", **COUNT_OR_0)
+    eval_alpha: float = setting(
+        None, "α of the first step at evaluation, halved from the second on "
+        "(paper); default: alpha", **NOT_NEGATIVE)
+    workers: int = setting(None, "threads over tasks (default: the cores there are)",
+                           **COUNT)
+
+    @property
+    def inner_updates(self) -> int:
+        """Inner steps in training: the baselines have none, θ′ = θ."""
+        return self.inner_steps if self.method == "maml" else 0
+
+    def __post_init__(self):
+        if self.task not in PRESETS:
+            raise BadInput(f"unknown task {self.task!r}: choose from "
+                           f"{', '.join(PRESETS)}")
+        for name, (value, _source) in PRESETS[self.task].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.eval_alpha is None:
+            object.__setattr__(self, "eval_alpha", self.alpha)
+        if self.workers is None:
+            object.__setattr__(self, "workers", available_cores())
+        for f in dataclasses.fields(self):
+            check_setting(f, getattr(self, f.name))
+
+
+# task → {field: (value, source)}
+PRESETS: dict[str, dict[str, tuple[Any, str]]] = {
+    "point2d": dict(
+        iterations=(100, "authors' code: 100; the paper allows up to 500"),
+        meta_batch_size=(20, "paper"),
+        rollouts=(20, "paper"),
+        horizon=(100, "paper"),
+        alpha=(0.2, "ours; the paper says 0.1, the run behind its figure used 0.5"),
+        init_std=(1.0, "authors' code: 1.0 in units of the action limit"),
+        max_kl=(0.01, "authors' code; the paper does not state it"),
+    ),
+}
+
+
+# %% 1. Tasks (MAML §3, §5.3; problem formulation of the notes)
+
+
+@dataclass(frozen=True)
+class TaskFamily:
+    """p(T): environments that share their spaces, and a way to draw tasks.
+
+    A task is whatever `envs.reset(seed=…, options={"task": task})` understands (here a
+    row of numbers). Actions reach the environment as the policy drew them: it clips.
+
+    Q: How do I use my own environment? (Q14)
+    A: Write a Gymnasium environment whose `reset` takes the task from `options`, and
+       `TaskFamily("mine", lambda K: SyncVectorEnv([MyEnv] * K), draw, held_out, H)`.
+       notes.md has a complete example of 15 lines, which a test runs.
+    """
+    name: str
+    make_envs: Callable[[int], VectorEnv]      # K → K copies, stepped in lockstep
+    sample_tasks: Callable[[np.random.Generator, int], np.ndarray]   # → (M, task)
+    test_tasks: Callable[[int], np.ndarray]    # n → (n, task), held out and fixed
+    horizon: int                               # H, part of the task: see `gae`
+    threads: bool = False       # does sampling on several threads pay? (MuJoCo: yes)
+    _cache: threading.local = field(default_factory=threading.local, repr=False,
+                                    compare=False)
+
+    def envs(self, K: int) -> VectorEnv:
+        """K copies to sample from, made once for each thread and K."""
+        made = self._cache.__dict__.setdefault("made", {})
+        if K not in made:
+            made[K] = self.make_envs(K)
+        return made[K]
+
+
+class Point2D(VectorEnv):
+    """2D navigation: K points walk from the origin to one unseen goal [MAML §5.3].
+
+    Observation (K, 2): position. Action (K, 2): in [−1, 1], clipped, times MAX_STEP.
+    Reward (K,): −distance to the goal after the move. The goal is not observed: only
+    the rewards tell it, which is what the inner step must find out.
+
+    Paper:         reward is the negative *squared* distance; the episode ends within
+                   0.01 of the goal.
+    Authors' code: reward is −distance, and the end is a box, |dx| and |dy| < 0.01
+                   [maml_rl point_env_randgoal.py]. The paper's numbers come from it:
+                   standing still scores −40.08 on its 40 goals, where its policy
+                   before adaptation scores −40.41.
+    Here:          as the authors' code. No time limit in here: H belongs to the MDP,
+                   and `task_rollout` counts it.
+    """
+    MAX_STEP, GOAL_BOX = 0.1, 0.01
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+
+    def __init__(self, num_envs: int):
+        self.num_envs = num_envs
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.observation_space = gym.vector.utils.batch_space(
+            self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(
+            self.single_action_space, num_envs)
+        self.goal = np.zeros(2)
+        self._position = np.zeros((num_envs, 2))
+        self._ended = np.zeros(num_envs, bool)
+
+    def reset(self, *, seed=None, options=None):
+        """All points to the origin; `options={"task": goal}` sets the goal, (2,)."""
+        super().reset(seed=seed[0] if isinstance(seed, (list, tuple)) else seed)
+        if options and "task" in options:
+            goal = np.asarray(options["task"], float)
+            if goal.shape != (2,) or not np.isfinite(goal).all():
+                raise BadInput(f"point2d: a task is a goal (x, y), not {goal}")
+            self.goal = goal
+        self._position = np.zeros((self.num_envs, 2))
+        self._ended = np.zeros(self.num_envs, bool)
+        return self._position.astype(np.float32), {}
+
+    def step(self, actions):
+        """One move of every point: actions (K, 2) → Gymnasium's five results."""
+        move = self.MAX_STEP * np.minimum(np.maximum(actions, -1.0), 1.0)      # (K, 2)
+        self._position += move
+        offset = self._position - self.goal
+        reward = -np.hypot(offset[:, 0], offset[:, 1])                         # (K,)
+        inside = np.abs(offset) < self.GOAL_BOX
+        terminated = inside[:, 0] & inside[:, 1]
+        if self._ended.any():            # Gymnasium's next-step autoreset: a point that
+            self._position[self._ended] = 0.0          # ended starts anew, its action
+            reward[self._ended] = 0.0                  # ignored, and is given nothing
+            terminated[self._ended] = False
+        self._ended = terminated
+        return (self._position.astype(np.float32), reward, terminated,
+                np.zeros(self.num_envs, bool), {})
+
+
+def sample_goals(rng: np.random.Generator, M: int) -> np.ndarray:
+    """M goals, uniform on the unit square around the origin (M, 2) [MAML §5.3]."""
+    return rng.uniform(-0.5, 0.5, (M, 2))
+
+
+def paper_goals(n: int = 40) -> np.ndarray:
+    """The first n of the goals of the paper's evaluation [maml_rl: seed 1, 40 of them]."""
+    return np.random.RandomState(1).uniform(-0.5, 0.5, (n, 2))
+
+
+# %% 2. The policy f_θ, a pure function of one flat vector (MAML §5.3)
+
+
+class GaussianPolicy:
+    """π_θ(a|x) = N(a; μ_θ(x), diag σ²), with θ one flat vector (P,).
+
+    Paper:         two hidden layers of 100 ReLU units.
+    Authors' code: Xavier weights, zero biases, log σ a parameter that does not depend on
+                   the state, σ = 1 at first and never below 1e-6. The inner step adapts
+                   log σ like every other parameter [maml_rl maml_npo.py].
+
+    The pseudocode copies a network for every task and lets an optimizer change the copy
+    in place [notes l.36,42]. With θ a plain vector and the network a function of it, an
+    adapted policy is another vector, θ′ = θ − α∇L, and the graph from θ′ back to θ,
+    which the meta-gradient needs, is never cut.
+
+    Any object with `init`, `distribution` and `sampler` can take this class's place.
+    """
+    MIN_STD = 1e-6
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int] = (100, 100),
+                 activation: str = "relu", init_std: float = 1.0):
+        sizes = [obs_dim, *hidden, act_dim]
+        layers = [((n_out, n_in), (n_out,)) for n_in, n_out in zip(sizes, sizes[1:])]
+        self.shapes = [shape for layer in layers for shape in layer] + [(act_dim,)]
+        self.numels = [math.prod(shape) for shape in self.shapes]
+        self.num_params = sum(self.numels)                                     # P
+        self.activation = {"relu": F.relu, "tanh": torch.tanh}[activation]
+        self.init_std = init_std
+
+    def init(self, generator: torch.Generator, dtype=torch.float32) -> Tensor:
+        """A random θ (P,): Xavier-uniform weights, zero biases [MAML Alg.3 l.1]."""
+        theta = torch.zeros(self.num_params, dtype=dtype)
+        *layers, log_std = self.unpack(theta)                # views: they write into θ
+        for weight in layers[::2]:
+            bound = math.sqrt(6.0 / sum(weight.shape))
+            weight.uniform_(-bound, bound, generator=generator)
+        log_std.fill_(math.log(self.init_std))
+        return theta
+
+    def unpack(self, theta: Tensor) -> list[Tensor]:
+        """θ (P,) → views [W₁ (100, S), b₁ (100,), W₂, b₂, W₃, b₃, log σ (A,)]."""
+        return [piece.view(shape)
+                for piece, shape in zip(theta.split(self.numels), self.shapes)]
+
+    def mean(self, layers: list[Tensor], obs: Tensor) -> Tensor:
+        """μ(x): obs (..., S) → (..., A)."""
+        x = obs.reshape(-1, obs.shape[-1]).T          # samples are columns: (S, N)
+        *hidden, last_weight, last_bias = layers
+        for weight, bias in zip(hidden[::2], hidden[1::2]):
+            x = self.activation(torch.addmm(bias[:, None], weight, x))         # (100, N)
+        mean = torch.addmm(last_bias[:, None], last_weight, x)                 # (A, N)
+        return mean.T.reshape(*obs.shape[:-1], -1)
+
+    def distribution(self, theta: Tensor, obs: Tensor) -> DiagonalGaussian:
+        """π_θ(·|x) for obs (..., S); its log_prob, of actions (..., A), is (...)."""
+        *layers, log_std = self.unpack(theta)
+        return DiagonalGaussian(self.mean(layers, obs),
+                                log_std.clamp(min=math.log(self.MIN_STD)))
+
+    def std(self, theta: Tensor) -> Tensor:
+        """σ (A,), for the log."""
+        return self.unpack(theta.detach())[-1].exp().clamp(min=self.MIN_STD)
+
+    def sampler(self, theta: Tensor, rng: np.random.Generator) -> Callable:
+        """A function obs (K, S) → actions (K, A), both numpy, drawn from π_θ.
+
+        The same network in numpy, whose calls cost a third of torch's on K = 20 rows;
+        rollouts make 4,000 of them an iteration. A test holds it to `distribution`.
+        """
+        *layers, log_std = [x.detach().numpy() for x in self.unpack(theta)]
+        std = np.exp(np.maximum(log_std, math.log(self.MIN_STD)))
+        activate = {F.relu: lambda x: np.maximum(x, 0), torch.tanh: np.tanh}[
+            self.activation]
+        weights, biases = [np.ascontiguousarray(w.T) for w in layers[::2]], layers[1::2]
+
+        def act(obs: np.ndarray) -> np.ndarray:
+            x = obs.astype(std.dtype)
+            for weight, bias in zip(weights[:-1], biases[:-1]):
+                x = activate(x @ weight + bias)
+            mean = x @ weights[-1] + biases[-1]                                # (K, A)
+            return mean + std * rng.standard_normal(mean.shape, std.dtype)
+        return act
+
+
+class DiagonalGaussian(Independent):
+    """N(mean, diag exp(log_std)²): mean (..., A), log_std (A,)."""
+
+    def __init__(self, mean: Tensor, log_std: Tensor):
+        super().__init__(Normal(mean, log_std.exp(), validate_args=False), 1,
+                         validate_args=False)
+        self.log_std = log_std
+
+    def log_prob(self, act: Tensor) -> Tensor:
+        """log π(a) = Σ_A [ −½((a − μ)/σ)² − log σ − ½ log 2π ]: act (..., A) → (...).
+
+        A *sum* over the action's A numbers: the density of independent parts is the
+        product of their densities. The mean over A would be wrong.
+        """
+        z = (act - self.mean) / self.log_std.exp()
+        return (-0.5 * (z * z).sum(-1)
+                - (self.log_std + 0.5 * math.log(2 * math.pi)).sum())
+
+
+@register_kl(DiagonalGaussian, DiagonalGaussian)
+def _kl_gaussian(old: DiagonalGaussian, new: DiagonalGaussian) -> Tensor:
+    """Σ_A [ log σ_n − log σ_o + (σ_o² + (μ_o − μ_n)²)/(2σ_n²) − ½ ]: (...)."""
+    log_ratio = new.log_std - old.log_std                                      # (A,)
+    z = (old.mean - new.mean) / new.log_std.exp()                              # (..., A)
+    return ((log_ratio + 0.5 * torch.exp(-2 * log_ratio) - 0.5).sum()
+            + 0.5 * (z * z).sum(-1))
+
+
+# %% 3. Rollouts (MAML Alg. 3 lines 5 and 8; notes l.1-24)
+
+
+def random_stream(*key: int) -> np.random.Generator:
+    """Random numbers as a function of `key`, such as (seed, iteration, task, phase).
+
+    The key's length goes in too: numpy takes (a, b) and (a, b, 0, 0) for the same seed.
+    """
+    return np.random.default_rng([len(key), *(int(k) for k in key)])
+
+
+@dataclass
+class Trajectories:
+    """K episodes of one task under one policy, padded to H steps."""
+    obs: Tensor                    # (K, H, S)
+    act: Tensor                    # (K, H, A) as drawn, before any clipping
+    rew: Tensor                    # (K, H)
+    mask: Tensor                   # (K, H) 1 where the step happened, 0 after the end
+    adv: Tensor | None = None      # (K, H) standardised advantages, by `assign_credit`
+
+    def mean_return(self) -> float:
+        """Undiscounted sum of rewards of an episode, averaged over the K episodes."""
+        return (self.rew * self.mask).sum(1).mean().item()
+
+
+def task_rollout(envs: VectorEnv, policy, theta: Tensor, task, horizon: int,
+                 seed: Sequence[int]) -> Trajectories:
+    """K = envs.num_envs episodes of `task` with π_θ, in lockstep [notes l.1-14].
+
+    `seed`: numbers that say which episodes these are, such as (seed, iteration, task,
+    phase). The draws are a function of them and of nothing that happened before, so a
+    run is the same on any number of workers, and when it is resumed.
+
+    Q: `cumulative_disc_rew += disc_reward * log_prob`, is that right? [notes l.11]
+    A: No. A step's reward may only be credited to actions that came before it or with
+       it: the policy gradient is E[Σ_t ∇log π(a_t|x_t)·Σ_{t′≥t} r_t′], reward-to-go
+       *times* that step's score. Σ_t r_t·∇log π_t pairs each reward with its own action
+       only, and never learns that an action pays off later. So this function just
+       records; `assign_credit` turns rewards into advantages, and `inner_loss` takes
+       −mean(log π·Â). And what is recorded are numbers, without a graph: log π is
+       computed again when its gradient is wanted.
+    """
+    K, H, rng = envs.num_envs, horizon, random_stream(*seed)
+    S, A = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    act_on = policy.sampler(theta, rng)
+    obs, _ = envs.reset(seed=rng.integers(2**31, size=K).tolist(),
+                        options={"task": task})
+    # One number of all K·H samples after the other: the memory order that the matrix
+    # products of the policy like best (a tenth of a gradient's time).
+    dtype = np.float64 if theta.dtype == torch.float64 else np.float32
+    all_obs, all_act = np.zeros((S, K, H), dtype), np.zeros((A, K, H), dtype)
+    all_rew, mask = np.zeros((K, H), dtype), np.zeros((K, H), bool)
+    running = np.ones(K, bool)
+    for t in range(H):
+        action = act_on(obs)                                   # a_t ~ π_θ(·|x_t) (K, A)
+        next_obs, reward, terminated, truncated, _ = envs.step(action)
+        all_obs[:, :, t], all_act[:, :, t] = obs.T, action.T
+        all_rew[:, t], mask[:, t] = reward, running
+        running = running & ~(terminated | truncated)
+        if not running.any():
+            break
+        obs = next_obs
+    for name, x in (("observation", all_obs), ("action", all_act), ("reward", all_rew)):
+        x[..., ~mask] = 0                      # what came after an episode's end
+        if not np.isfinite(x).all():
+            raise BadInput(f"task {task}: the {name}s are not all finite numbers: check "
+                           f"the environment's step()")
+    return Trajectories(*(torch.from_numpy(x) for x in (
+        np.moveaxis(all_obs, 0, -1), np.moveaxis(all_act, 0, -1), all_rew,
+        mask.astype(dtype))))
+
+
+def sample_trajectories(family: TaskFamily, task, policy, theta: Tensor, K: int, *,
+                        seed: Sequence[int], horizon: int | None = None,
+                        gamma: float = 0.99, lam: float = 1.0) -> Trajectories:
+    """K episodes of `task` with π_θ and their advantages [MAML Alg.3 l.5,8] [notes l.17-24].
+
+    The pseudocode's `for i in range(K)` runs as K copies side by side; "K rollouts" are
+    K episodes, so K·H timesteps.
+    """
+    data = task_rollout(family.envs(K), policy, theta, task,
+                        horizon or family.horizon, seed)
+    return assign_credit(data, gamma, lam)
+
+
+# %% 4. Credit: returns, baseline, advantages (MAML §5.3; GAE; Duan et al. 2016)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x over the steps that happened: x, mask (K, H) → ()."""
+    if x.shape != mask.shape:
+        raise ValueError(f"masked_mean: shapes {tuple(x.shape)}, {tuple(mask.shape)}")
+    return (x * mask).sum() / mask.sum()
+
+
+def discounted_returns(rew: Tensor, gamma: float) -> Tensor:
+    """Rewards-to-go R_t = r_t + γ·R_{t+1}: (K, H) → (K, H) [SpinUp VPG l.4].
+
+    Nothing is added after the last step: R_{H+1} = 0.
+    """
+    out = rew.numpy().copy()
+    for t in reversed(range(rew.shape[1] - 1)):
+        out[:, t] += gamma * out[:, t + 1]
+    return torch.from_numpy(out)
+
+
+class LinearBaseline:
+    """V(x, t) = w·φ(x, t), ridge regression on the returns (Duan et al. 2016, App.).
+
+    φ = (x, x², t/100, (t/100)², (t/100)³, 1) with x clipped to ±10, ridge 1e-5, time
+    counted from the start of the episode. In float64 inside, whatever θ's dtype.
+
+    Q: Which data is the baseline fitted on? (Q10)
+    A: On the very episodes whose advantages it then gives, afresh for every task and
+       every inner step [maml_rl]. Spinning Up fits V *after* use [SpinUp VPG l.8], so
+       its baseline comes from earlier data; a new task has no earlier data. The price is
+       a bias, since the fit has seen the returns it is subtracted from; with 2,000
+       samples for 8 weights it is small. A baseline fitted on other data leaves the
+       expectation of the gradient unchanged.
+    """
+    RIDGE, CLIP = 1e-5, 10.0
+
+    def __init__(self):
+        self.weights: Tensor | None = None                                     # (2S+4,)
+
+    def features(self, obs: Tensor) -> Tensor:
+        """obs (K, H, S) → φ (K, H, 2S+4), float64."""
+        K, H, _ = obs.shape
+        x = obs.double().clamp(-self.CLIP, self.CLIP)
+        t = (torch.arange(H, dtype=torch.float64) / 100).expand(K, H)[..., None]
+        return torch.cat([x, x**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)
+
+    def fit(self, obs: Tensor, returns: Tensor, mask: Tensor) -> LinearBaseline:
+        """Least squares on the steps that happened: returns, mask (K, H)."""
+        phi = self.features(obs)[mask.bool()]                                  # (N, 2S+4)
+        gram = phi.T @ phi + self.RIDGE * torch.eye(phi.shape[1], dtype=phi.dtype)
+        self.weights = torch.linalg.solve(gram, phi.T @ returns[mask.bool()].double())
+        return self
+
+    def predict(self, obs: Tensor) -> Tensor:
+        """V (K, H) for obs (K, H, S), in obs's dtype."""
+        return (self.features(obs) @ self.weights).to(obs.dtype)
+
+
+def gae(rew: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},  δ_t = r_t + γV_{t+1} − V_t [GAE Eq.16].
+
+    All (K, H). With λ = 1, the authors' value, Â_t = R_t − V_t.
+
+    Truncation: V after step H is 0, and so is V after termination. H is part of the MDP
+    (the notes' first item) and the baseline sees t, so nothing comes after step H and
+    there is nothing to bootstrap. It would be a bug only for a time limit that is not
+    part of the task.
+    """
+    values = values * mask
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    deltas = (rew + gamma * next_values - values) * mask
+    return discounted_returns(deltas, gamma * lam) * mask
+
+
+def standardise(adv: Tensor, mask: Tensor) -> Tensor:
+    """(Â − mean)/(std + 1e-8) over one task's samples, (K, H) [maml_rl].
+
+    Here as in the authors' code: α is then relative to advantages of size 1, whatever
+    the rewards' scale. The paper does not mention it.
+    """
+    mean = masked_mean(adv, mask)
+    std = masked_mean((adv - mean) ** 2, mask).sqrt()
+    return (adv - mean) / (std + 1e-8) * mask
+
+
+def assign_credit(data: Trajectories, gamma: float, lam: float) -> Trajectories:
+    """Fill in `data.adv`: fit the baseline on these episodes, GAE, standardise."""
+    returns = discounted_returns(data.rew, gamma)
+    values = LinearBaseline().fit(data.obs, returns, data.mask).predict(data.obs)
+    data.adv = standardise(gae(data.rew, values, data.mask, gamma, lam), data.mask)
+    return data
+
+
+# %% 5. The inner update (MAML Eq. 4; Alg. 3 lines 6 and 7; notes l.36-42)
+
+
+def inner_loss(policy, theta: Tensor, trajectories: Trajectories,
+               estimator: str = "log-prob") -> Tensor:
+    """L(θ) = −mean over timesteps of log π_θ(a|x)·Â [MAML Eq.4] [SpinUp VPG l.6].
+
+    Only its gradient means anything: it estimates the gradient of Eq. 4 up to scale.
+
+    Paper:         Eq. 4 is −E[Σ_t R]: a sum over the H steps.
+    Authors' code: a mean over all K·H timesteps, of standardised advantages
+                   [maml_rl maml_npo.py]; an α of theirs is an α/H of Eq. 4's.
+    Here:          as the authors' code. Spinning Up sums over t and averages over
+                   episodes: H times our gradient, when no episode ends early.
+
+    `estimator="ratio"` replaces log π by π/stop_grad(π), the LVC estimator of ProMP: at
+    this θ the same gradient, but another Hessian, and so another J.
+
+    Q: Why REINFORCE inside and TRPO outside? (Q13)
+    A: The inner step must be differentiated, so it has to be one simple formula; a line
+       search has no derivative. The outer step is taken once, and may be as careful as
+       it likes.
+    Q: Which estimator? log π, ratio, DiCE, E-MAML? (Q11)
+    A: log π, as the paper and its code. For one gradient they agree; they differ in the
+       second derivative, which J contains. notes.md ("The dropped term") takes them
+       apart on an MDP small enough to enumerate.
+    """
+    log_prob = policy.distribution(theta, trajectories.obs).log_prob(trajectories.act)
+    score = log_prob if estimator == "log-prob" else (log_prob - log_prob.detach()).exp()
+    return -masked_mean(score * trajectories.adv, trajectories.mask)
+
+
+def adapt(policy, theta: Tensor, inner_data: Sequence[Trajectories], alpha: float,
+          create_graph: bool, estimator: str = "log-prob") -> Tensor:
+    """θ′ = θ − α∇L(θ), once for each element of `inner_data` [MAML Alg.3 l.7].
+
+    theta, result (P,). With `create_graph` the result is a differentiable function of
+    θ, J = ∂θ′/∂θ = I − α∇²L; without, the gradient enters as a constant and J = I.
+
+    The pseudocode's `copy.deepcopy` and `optim.step()` [notes l.36,42] make θ′ a new
+    leaf, which no gradient can leave towards θ. Its commented-out `get_model_update`
+    would compute θ′ − θ, which is −α∇L: here it is in plain sight, and nobody needs it.
+
+    Q: First or second order? What does create_graph do? (Q2)
+    A: ∇_θ V(θ′(θ)) = Jᵀ∇V(θ′), and J holds second derivatives of L. create_graph=True
+       records the computation of ∇L itself, so that backward can differentiate it.
+       With False, autograd sees θ′ = θ − constant: first-order MAML (--first-order).
+    Q: Several inner steps? (Q5)
+    A: Each on fresh episodes of the policy it starts from; J = J_n···J_1, a product of n
+       factors I − α∇²L, still second derivatives only. (Not symmetric for n > 1.)
+    """
+    theta_prime = theta if theta.requires_grad else theta.detach().requires_grad_()
+    for trajectories in inner_data:
+        with torch.enable_grad():
+            loss = inner_loss(policy, theta_prime, trajectories, estimator)
+        (grad,) = torch.autograd.grad(loss, theta_prime, create_graph=create_graph)
+        theta_prime = theta_prime - alpha * grad
+    return theta_prime
+
+
+# %% 6. The meta-objective and the KL (MAML Alg. 3 line 10; notes l.47-60)
+
+
+@dataclass
+class TaskData:
+    """What one task gives to the meta-step."""
+    inner: list[Trajectories]        # D, one for each inner step, sampled with θ, …
+    outer: Trajectories              # D′, sampled with θ′
+    old: Distribution                # π_{θ′(θ_old)} on D′'s observations, detached
+
+
+def map_over_tasks(function: Callable, tasks: Sequence, workers: int = 1) -> list:
+    """[function(task) for task in tasks], on `workers` threads, in order.
+
+    Threads are enough: torch and MuJoCo let go of Python's lock inside their kernels.
+    """
+    if workers == 1:
+        return [function(task) for task in tasks]
+    return list(thread_pool(workers).map(function, tasks))
+
+
+def mean_over_tasks(function: Callable[[Any], Tensor], tasks: Sequence,
+                    workers: int = 1) -> Tensor:
+    """(1/M) Σ_i function(task i): every expectation of the outer loop [MAML Alg.3 l.10].
+
+    The sum runs in task order and in float64, so the number of threads cannot change
+    the result. Under torchrun each process holds a share of the tasks, and this
+    all_reduce is all that travels between machines.
+    Paper: a sum over tasks. Here: their mean, which TRPO's step cannot tell apart.
+    """
+    results = map_over_tasks(function, tasks, workers)
+    total = torch.stack([result.detach().double() for result in results]).sum(0)
+    total = torch.cat([total.flatten(), total.new_tensor([len(results)])])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return (total[:-1] / total[-1]).reshape(results[0].shape).to(results[0].dtype)
+
+
+def kl_old_new(old: Distribution, new: Distribution) -> Tensor:
+    """KL(π_old ‖ π_new) of each sample, in closed form: (...) [TRPO Eq.12].
+
+    Q: The KL is always 0 and the ratio always 1: is this a bug? (Q1)
+    A: No. At θ = θ_old both policies are the same, so the KL is 0, and so is its
+       gradient (0 is its minimum). What TRPO uses is its *Hessian* there, JᵀFJ. It would
+       be a bug if the KL were still 0 after the step.
+    Q: Which direction? (Q12)
+    A: Old first, as TRPO. The two directions have the same Hessian at θ_old, the Fisher
+       matrix, and differ from the third order on: the line search can tell.
+    Q: Can it be had for a distribution without closed form? [notes l.59]
+    A: As the mean of log π_old(a) − log π_new(a) over actions drawn from π_old. At θ_old
+       its value is exactly 0; its gradient, −mean ∇log π, is 0 only in expectation; its
+       Hessian, −mean ∇²log π, is the Fisher matrix only in expectation.
+    """
+    return torch.distributions.kl_divergence(old, new)
+
+
+def adapted_distribution(policy, theta: Tensor, inner: list[Trajectories], obs: Tensor,
+                         alpha: float, first_order=False, estimator="log-prob"):
+    """π_{θ′(θ)} on `obs` (K, H, S), differentiable in θ if θ requires it."""
+    second_order = theta.requires_grad and not first_order
+    theta_prime = adapt(policy, theta, inner, alpha, second_order, estimator)
+    return policy.distribution(theta_prime, obs)
+
+
+def surrogate_and_kl(policy, theta: Tensor, task_data: TaskData, alpha: float,
+                     first_order: bool = False, estimator: str = "log-prob",
+                     ) -> tuple[Tensor, Tensor]:
+    """One task's meta-objective and KL as functions of θ; both () [MAML Alg.3 l.10].
+
+    surrogate = −mean over D′ of  π_{θ′(θ)}(a|x) / π_{θ′(θ_old)}(a|x) · Â′   [TRPO Eq.14]
+    kl        =  mean over D′ of  KL(π_{θ′(θ_old)}(·|x) ‖ π_{θ′(θ)}(·|x))
+
+    Both compare *adapted* policies, on the states these visit; the pseudocode takes the
+    KL between a task's adapted policy and the meta-policy [notes l.48], which bounds how
+    far the inner step goes and not how far the meta-step goes. It also has no importance
+    ratio: with D′ fixed, mean(R) is a number that does not depend on θ [notes l.54].
+
+    Q: Why run the inner update again in here? (Q8)
+    A: The θ′ that sampled D′ is a vector without a graph. The outer gradient needs θ′
+       *as a function of θ*, so it is recomputed from the stored D. The line search needs
+       it too: for every trial θ, the adapted policies move.
+    Q: "KL always 0, ratio always 1"? (Q1)
+    A: Yes at θ_old, by construction; the gradient of the ratio is what counts.
+    """
+    new = adapted_distribution(policy, theta, task_data.inner, task_data.outer.obs,
+                               alpha, first_order, estimator)
+    outer, old = task_data.outer, task_data.old
+    ratio = (new.log_prob(outer.act) - old.log_prob(outer.act)).exp()          # (K, H)
+    surrogate = -masked_mean(ratio * outer.adv, outer.mask)
+    return surrogate, masked_mean(kl_old_new(old, new), outer.mask)
+
+
+# %% 7. The TRPO step (TRPO §6, App. C; SpinUp TRPO lines 7-9; notes l.51-66)
+#
+# One step of TRPO on the meta-objective, in place of Algorithm 3's line 10:
+#     g = ∇ surrogate(θ_old)        H = ∇²KL(θ_old), P × P, known only through v ↦ H·v
+#     x ≈ H⁻¹g                      by conjugate gradient
+#     θ = θ_old − ratioʲ·√(2δ / xᵀHx)·x     the first j that passes the line search
+
+
+def gradient(function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+    """∇function at θ, as a new vector (P,) without a graph."""
+    theta = theta.detach().requires_grad_()
+    return torch.autograd.grad(function(theta), theta)[0]
+
+
+def meta_gradient(policy, theta: Tensor, task_data: TaskData, alpha: float,
+                  first_order: bool = False, estimator: str = "log-prob") -> Tensor:
+    """One task's g = ∇_θ surrogate = Jᵀ ∇V(θ′): (P,) [MAML Alg.3 l.10] [SpinUp TRPO l.7].
+
+    Q: What must `meta_grad.backward()` reach, and what is g_k? [notes l.55-57]
+    A: It must reach the *meta*-parameters θ, through θ′ = θ − α∇L(θ), and so through the
+       gradient in it. g_k is that derivative, averaged over tasks: one number for each
+       parameter, (P,). The pseudocode's path is cut three times: rewards carry no graph;
+       `copy.deepcopy` makes parameters that do not know θ; `optim.step()` changes them
+       in place, outside the graph. Its `backward()` leaves θ without a gradient.
+    """
+    return gradient(lambda t: surrogate_and_kl(
+        policy, t, task_data, alpha, first_order, estimator)[0], theta)
+
+
+def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor, v: Tensor,
+                           step: float = 0.01, grad_at_theta: Tensor | None = None,
+                           symmetric: bool = False) -> Tensor:
+    """H·v by a finite difference of a gradient; theta, v, result (P,) [MAML §5.3].
+
+    one-sided:  H·v ≈ (∇k(θ + εv) − ∇k(θ)) / ε           error O(ε)
+    symmetric:  H·v ≈ (∇k(θ + εv) − ∇k(θ − εv)) / (2ε)    error O(ε²), twice the cost
+    with ε = step/‖v‖, so that the move in θ has length `step` whatever v's length.
+
+    `grad_at_theta` is ∇k(θ), None where it is known to be 0: the KL's gradient is, at
+    θ_old, so one product costs ONE gradient.
+
+    Q: Where is the third derivative that the paper avoids? [notes l.77-78]
+    A: Not in the line search, which takes no derivative at all. With k(θ) = K(θ′(θ)),
+           ∇²k = Jᵀ (∇²K) J + Σ_j (∂K/∂θ′_j) ∇²θ′_j,   ∇²θ′_j = −α ∂_j ∇²L,
+       and that ∂_j∇²L is it. At θ_old each ∂K/∂θ′_j is 0: double backprop builds the
+       third-order graph and multiplies it by zero. A difference of ∇k needs second
+       derivatives only.
+    Q: What size is the KL's Hessian? (obs × obs) × act? [notes l.61]
+    A: P × P, parameters by parameters: here 10,604². It is never formed. It is that of
+       the mean over the samples of a task, then over tasks. (`kl_div.mean(axis=1)`
+       [notes l.60] would keep one number a task, and so one Hessian a task.)
+    Q: What are CG, Hessian-vector products, damping for? (Q7)
+    A: See `conjugate_gradient`.
+
+    Authors' code: symmetric, with an ε of 1/‖θ‖ through a mixed-up argument, so a move
+                   of ‖v‖/‖θ‖ that shrinks as CG proceeds [maml_rl
+                   conjugate_gradient_optimizer.py].
+    Here:          one-sided, step 0.01. Measured in float32 on point2d: 1-4 % error along
+                   g, where ReLU's kinks set the limit, not rounding (figure in notes.md).
+                   At initialisation every episode starts where each unit's input is
+                   exactly 0, and the error *grows* as the step shrinks: 25 % at 0.001,
+                   2.5 % at 0.01.
+    """
+    eps = step / v.norm()
+    if symmetric:
+        return (grad_fn(theta + eps * v) - grad_fn(theta - eps * v)) / (2 * eps)
+    ahead = grad_fn(theta + eps * v)
+    return (ahead if grad_at_theta is None else ahead - grad_at_theta) / eps
+
+
+def double_backprop_product(function: Callable[[Tensor], Tensor], theta: Tensor,
+                            v: Tensor) -> Tensor:
+    """H·v = ∇(∇k·v), exactly; theta, v, result (P,). Third-order graph included."""
+    theta = theta.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(function(theta), theta, create_graph=True)
+    return torch.autograd.grad(grad @ v, theta)[0]
+
+
+def gauss_newton_product(policy, theta: Tensor, task_data: TaskData, v: Tensor,
+                         alpha: float, first_order: bool = False,
+                         estimator: str = "log-prob") -> Tensor:
+    """One task's Jᵀ(F(J·v)): exactly H·v at θ_old, with second derivatives only; (P,).
+
+    J = J_n···J_1, one factor I − α∇²L_i for each inner step. A factor is symmetric, so
+    the same reverse-mode product serves J (steps in order) and Jᵀ (in reverse order).
+    """
+    factors, theta_prime = [], theta.detach()       # (θ_i, ∇L_i(θ_i) with its graph)
+    for trajectories in [] if first_order else task_data.inner:
+        theta_i = theta_prime.requires_grad_()
+        loss = inner_loss(policy, theta_i, trajectories, estimator)
+        (grad,) = torch.autograd.grad(loss, theta_i, create_graph=True)
+        factors.append((theta_i, grad))
+        theta_prime = (theta_i - alpha * grad).detach()
+    if first_order:                                 # J = I
+        theta_prime = adapt(policy, theta, task_data.inner, alpha, False, estimator)
+
+    def times(factor, u):                           # u ↦ (I − α∇²L_i)·u
+        theta_i, grad = factor
+        return u - alpha * torch.autograd.grad(grad, theta_i, u, retain_graph=True)[0]
+
+    def kl(phi):                                    # K(φ); its Hessian at θ′ is F
+        new = policy.distribution(phi, task_data.outer.obs)
+        return masked_mean(kl_old_new(task_data.old, new), task_data.outer.mask)
+
+    for factor in factors:
+        v = times(factor, v)                                                   # J·v
+    v = double_backprop_product(kl, theta_prime, v)                            # F(J·v)
+    for factor in reversed(factors):
+        v = times(factor, v)                                                   # Jᵀ(F(J·v))
+    return v
+
+
+def conjugate_gradient(hvp: Callable[[Tensor], Tensor], b: Tensor, iterations: int = 10,
+                       tolerance: float = 1e-10) -> tuple[Tensor, Tensor]:
+    """x ≈ H⁻¹b from products H·p alone: → (x, r = b − Hx), all (P,) [SpinUp TRPO l.8].
+
+    Stops at r·r < `tolerance`, or when pᵀHp is not positive (H is no metric along p,
+    or the product is NaN): x is then what it had before.
+
+    Q: x = inverse(kl_hessian) * meta_grad, is that right? [notes l.62]
+    A: H⁻¹g is what is wanted, but H has P² ≈ 10⁸ entries, and a rank that the number of
+       samples limits. CG needs no entry of H, only products H·p, and its n-th x is the
+       best one within the span of g, Hg, …, Hⁿ⁻¹g. Ten products do.
+    Q: What are CG, HVP, damping for, and whose Hessian is it? (Q7)
+    A: The Hessian of the mean KL between old and new *adapted* policies, as a function
+       of θ: it measures a step by what it does to the adapted policies. Damping adds
+       1e-5·I, so that directions in which the KL is flat do not give infinite steps.
+    """
+    x, r, p = torch.zeros_like(b), b, b
+    rr = r @ r
+    for _ in range(iterations):
+        if rr < tolerance:
+            break
+        Hp = hvp(p)
+        pHp = p @ Hp
+        if not pHp > 0:
+            break
+        x = x + (rr / pHp) * p
+        r = r - (rr / pHp) * Hp
+        rr, rr_before = r @ r, rr
+        p = r + (rr / rr_before) * p
+    return x, r
+
+
+def backtrack_line_search(evaluate: Callable[[Tensor], tuple[float, float]],
+                          theta: Tensor, full_step: Tensor, surrogate_before: float,
+                          max_kl: float, ratio: float = 0.8, trials: int = 15,
+                          ) -> tuple[Tensor, float, float, int]:
+    """θ + ratioʲ·full_step, smallest j that passes [SpinUp TRPO l.9] [notes l.65].
+
+    `evaluate(θ)` → (surrogate, KL). → (θ_new, its surrogate, its KL, trials made), or θ
+    itself, `surrogate_before`, 0.0 and 0 when none of the trials passed.
+
+    Q: What does it check, and what if it fails? (Q6)
+    A: That the surrogate fell AND the KL is within δ: the quadratic model behind the
+       step's scale is only local. Many implementations never look at the KL. If no trial
+       passes, θ stays what it was, and the log says so (line_search_steps 0).
+    Q: `backtrack_line_search(kl_hessian, x)`? [notes l.65]
+    A: It needs neither H nor a derivative, but the loss and δ, which the pseudocode does
+       not give it; and every trial re-runs the inner step, see `surrogate_and_kl`.
+    """
+    for trial in range(trials):
+        candidate = theta + ratio**trial * full_step
+        surrogate, kl = evaluate(candidate)
+        if surrogate < surrogate_before and kl <= max_kl:      # False for NaN
+            return candidate, surrogate, kl, trial + 1
+    return theta, surrogate_before, 0.0, 0
+
+
+def kl_hessian_product(policy, theta: Tensor, task_data: Sequence[TaskData],
+                       config: Config) -> Callable[[Tensor], Tensor]:
+    """v ↦ H·v of the mean KL at θ = θ_old, by the product that `config.hvp` names."""
+    settings = config.alpha, config.first_order, config.inner_loss
+
+    def mean(function):
+        return mean_over_tasks(function, task_data, config.workers)
+
+    def kl(data):
+        return lambda t: surrogate_and_kl(policy, t, data, *settings)[1]
+
+    return {
+        "finite-difference": lambda v: hessian_vector_product(
+            lambda t: mean(lambda data: gradient(kl(data), t)), theta, v, config.fd_step),
+        "double-backprop": lambda v: mean(
+            lambda data: double_backprop_product(kl(data), theta, v)),
+        "gauss-newton": lambda v: mean(
+            lambda data: gauss_newton_product(policy, theta, data, v, *settings)),
+    }[config.hvp]
+
+
+def trpo_meta_step(policy, theta: Tensor, task_data: Sequence[TaskData], config: Config,
+                   ) -> tuple[Tensor, dict[str, float]]:
+    """One TRPO step on the meta-objective: θ → (θ_new, the log's numbers)."""
+    settings = config.alpha, config.first_order, config.inner_loss
+    clock = Stopwatch()
+
+    def evaluate(t: Tensor) -> tuple[float, float]:
+        surrogate, kl = mean_over_tasks(lambda data: torch.stack(surrogate_and_kl(
+            policy, t.detach(), data, *settings)), task_data, config.workers).tolist()
+        return surrogate, kl
+
+    # At θ_old every ratio is 1: the surrogate is −mean Â′, 0 where Â′ is standardised.
+    before = float(mean_over_tasks(lambda data: -masked_mean(
+        data.outer.adv, data.outer.mask), task_data))
+    g = mean_over_tasks(lambda data: meta_gradient(policy, theta, data, *settings),
+                        task_data, config.workers)                             # (P,)
+    check_finite("the meta-gradient", g)
+    stats = dict(surrogate_before=before, seconds_gradient=clock.lap())
+
+    hvp = kl_hessian_product(policy, theta, task_data, config)
+    x, residual = conjugate_gradient(lambda v: hvp(v) + config.damping * v, g,
+                                     config.cg_iterations, config.cg_tolerance)
+    xHx = float(x @ (g - residual))            # Hx = g − r: no further product is needed
+    stats.update(cg_residual=float(residual.norm() / g.norm().clamp(min=1e-30)),
+                 seconds_cg=clock.lap())
+
+    after, kl, trials = before, 0.0, 0
+    if 0 < xHx < math.inf:                     # otherwise the step is skipped and θ kept
+        full_step = -math.sqrt(2 * config.max_kl / xHx) * x     # ½ sᵀHs = δ [TRPO App.C]
+        theta, after, kl, trials = backtrack_line_search(
+            evaluate, theta, full_step, before, config.max_kl, config.backtrack_ratio,
+            config.backtrack_steps)
+    stats.update(surrogate_after=after, kl=kl, line_search_steps=trials,
+                 seconds_line_search=clock.lap())
+    return theta, stats
+
+
+# %% 8. Meta-training (MAML Alg. 3; notes l.27-69)
+
+
+def sample_task_data(policy, theta: Tensor, family: TaskFamily, task, config: Config,
+                     seed: Sequence[int]) -> TaskData:
+    """One task's D, θ′ and D′ [MAML Alg.3 l.5-8] [notes l.36-45]."""
+    def sample(t, phase):
+        return sample_trajectories(
+            family, task, policy, t, config.rollouts, seed=(*seed, phase),
+            horizon=config.horizon, gamma=config.gamma, lam=config.lam)
+
+    theta_prime, inner = theta.detach(), []
+    for step in range(config.inner_updates):
+        inner.append(sample(theta_prime, step))                                # l.5
+        theta_prime = adapt(policy, theta_prime, inner[-1:], config.alpha,     # l.6, l.7
+                            False, config.inner_loss).detach()
+    outer = sample(theta_prime, config.inner_updates)                          # l.8
+    return TaskData(inner, outer, policy.distribution(theta_prime, outer.obs))
+
+
+def train_maml(config: Config, family: TaskFamily | None = None,
+               start: TrainState | None = None,
+               after_iteration: Callable[[TrainState], None] = lambda state: None,
+               ) -> tuple[Tensor, list[dict[str, float]]]:
+    """Algorithm 3 with TRPO outside: → (θ (P,), one dict of numbers an iteration).
+
+    `family` defaults to the task family that `config.task` names; `start` goes on from
+    an earlier state; `after_iteration(state)` may print and save.
+    Raises Diverged when a number stops being finite.
+
+    Q: What else is wrong with the pseudocode's loop?
+    A: Loudly: `updated_model_reward` and `kl_div` are never emptied, so the second
+       iteration runs backward through a graph that is freed; `.mean(axis=1)` of a list
+       [notes l.60] is an error at once. Silently: one fixed list of tasks in place of
+       fresh draws from p(T) [notes l.28]; no `zero_grad`, so gradients add up; one
+       optimizer, which still holds the parameters of a model that was replaced; the KL
+       between adapted and meta-policy, no importance ratio, a line search without loss
+       and δ (see `surrogate_and_kl`, `backtrack_line_search`).
+    """
+    family = family or family_of(config)
+    policy = make_policy(family, config)
+    state = start or TrainState.initial(policy, config)                        # l.1
+    with one_thread_each():
+        while state.iteration < config.iterations:                             # l.2
+            try:
+                state = meta_iteration(policy, family, state, config)          # l.3-10
+            except (BadInput, Diverged) as error:
+                raise type(error)(f"iteration {state.iteration}: {error}") from error
+            after_iteration(state)
+    return state.theta, state.rows
+
+
+def meta_iteration(policy, family: TaskFamily, state: TrainState, config: Config,
+                   ) -> TrainState:
+    """Lines 3 to 10 of Algorithm 3: state → the next state."""
+    watch, clock = Stopwatch(), Stopwatch()
+    i, theta = state.iteration, state.theta
+    tasks = family.sample_tasks(random_stream(config.seed, i),                 # l.3
+                                config.meta_batch_size)
+    mine = share_of_tasks(len(tasks))
+    data = map_over_tasks(                                                     # l.4-9
+        lambda m: sample_task_data(policy, theta, family, tasks[m], config,
+                                   (config.seed, i, m)),
+        mine, config.workers if family.threads else 1)
+    returns = gather_over_tasks(                                               # (M, 2)
+        [[(d.inner or [d.outer])[0].mean_return(), d.outer.mean_return()]
+         for d in data], mine, len(tasks))
+    row = dict(iteration=i, return_pre=float(returns[:, 0].mean()),
+               return_post=float(returns[:, 1].mean()), seconds_sampling=clock.lap())
+
+    new_theta, stats = trpo_meta_step(policy, theta, data, config)             # l.10
+    check_finite("θ", new_theta)
+    row.update(stats, std_mean=float(policy.std(new_theta).mean()),
+               seconds_total=watch.lap())
+    better = row["return_post"] > state.best_return
+    return TrainState(
+        i + 1, new_theta, state.rows + [{name: row[name] for name in PROGRESS_COLUMNS}],
+        state.spread + [np.percentile(returns, [25, 75], axis=0).T.flatten().tolist()],
+        theta if better else state.best_theta,
+        row["return_post"] if better else state.best_return)
+
+
+PROGRESS_COLUMNS = (
+    "iteration", "return_pre", "return_post", "surrogate_before", "surrogate_after", "kl",
+    "line_search_steps", "cg_residual", "std_mean", "seconds_sampling",
+    "seconds_gradient", "seconds_cg", "seconds_line_search", "seconds_total")
+
+
+# =====================================================================================
+#   You can stop reading here. What follows is not the algorithm: the other tasks,
+#   evaluation and baselines, checkpoints, figures, the command line.
+# =====================================================================================
+
+# %% Part II: machinery that Part I calls
+
+
+@contextmanager
+def one_thread_each():
+    """One thread per kernel, since the parallelism is over tasks; memory kept at hand.
+
+    glibc hands freed blocks of a megabyte back to the kernel, and every new one then
+    costs page faults again; freeing one block of 30 MB raises that threshold (measured:
+    10-20 % of an iteration). Without glibc it does nothing.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.ones(30 * 2**18)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.lru_cache
+def thread_pool(workers: int) -> ThreadPoolExecutor:
+    """One pool for each number of threads, kept for the life of the process."""
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def share_of_tasks(M: int) -> range:
+    """The task numbers that this process works on: all, or under torchrun a share."""
+    if not torch.distributed.is_initialized():
+        return range(M)
+    return range(torch.distributed.get_rank(), M, torch.distributed.get_world_size())
+
+
+def gather_over_tasks(values: Sequence, mine: Sequence[int], M: int) -> np.ndarray:
+    """Rows of numbers of this process's tasks → the rows of all M tasks, (M, ...)."""
+    if not torch.distributed.is_initialized():
+        return np.array(values)
+    everyone: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, list(zip(mine, values)))
+    return np.array([row for _, row in sorted(sum(everyone, []))])
+
+
+class Stopwatch:
+    """Seconds between calls of `lap`."""
+
+    def __init__(self):
+        self.started = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self.started = now - self.started, now
+        return seconds
+
+
+class Diverged(RuntimeError):
+    """Training produced numbers that cannot be used; the message says which and when."""
+
+
+def check_finite(what: str, x: Tensor) -> None:
+    """Raise Diverged, naming the quantity, if x holds NaN or infinity."""
+    if not torch.isfinite(x).all():
+        raise Diverged(f"{what} is not finite")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a training stands: all that is needed to go on, bit for bit."""
+    iteration: int                       # the next one
+    theta: Tensor                        # (P,)
+    rows: list[dict[str, float]]         # one an iteration: progress.csv
+    spread: list[list[float]]            # quartiles over tasks of return_pre, return_post
+    best_theta: Tensor                   # (P,) the θ whose return_post was highest …
+    best_return: float                   # … and that return (the paper kept this one)
+
+    @staticmethod
+    def initial(policy, config: Config) -> TrainState:
+        theta = policy.init(torch.Generator().manual_seed(config.seed))
+        return TrainState(0, theta, [], [], theta, -math.inf)
+
+
+def check_setting(f: dataclasses.Field, value) -> None:
+    """Raise BadInput unless `value` has the type and range of Config's field `f`."""
+    kind = {"int": int, "float": (int, float), "bool": bool, "str": str,
+            "tuple": tuple}[f.type]
+    numbers = value if f.type == "tuple" and isinstance(value, tuple) else [value]
+    wrong_type = not isinstance(value, kind) or f.type != "bool" and any(
+        isinstance(x, bool) or f.type == "tuple" and not isinstance(x, int)
+        for x in numbers)
+    choices, ok = f.metadata["choices"], f.metadata["ok"]
+    if choices and (wrong_type or value not in choices):
+        raise BadInput(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
+    if wrong_type or ok and not ok(value):
+        must = f.metadata["must"] or f"of type {f.type}"
+        raise BadInput(f"{f.name} must be {must}, not {value!r}")
+
+
+def available_cores() -> int:
+    """Processors this process may run on."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1)
+
+
+# %% Part II: task families
+
+
+TASKS: dict[str, TaskFamily] = {
+    "point2d": TaskFamily("point2d", Point2D, sample_goals, paper_goals, horizon=100),
+}
+
+
+def family_of(config: Config) -> TaskFamily:
+    """The task family a run uses: TASKS[task], for the oracle with the task observed."""
+    family = TASKS[config.task]
+    return with_task_observed(family) if config.method == "oracle" else family
+
+
+def make_policy(family: TaskFamily, config: Config) -> GaussianPolicy:
+    """A policy that fits the family's spaces; raises BadInput where none does."""
+    envs = family.envs(config.rollouts)
+    obs, act = envs.single_observation_space, envs.single_action_space
+    for name, space in (("observation", obs), ("action", act)):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise BadInput(f"{family.name}: the {name} space must be a Box with one "
+                           f"dimension, not {space}: wrap the environment")
+    return GaussianPolicy(obs.shape[0], act.shape[0], config.hidden, config.activation,
+                          config.init_std)
+
+
+# %% 9. Evaluation (MAML §5.3, App. A.2)
+
+
+def adaptation_returns(policy, theta: Tensor, family: TaskFamily, tasks: Sequence,
+                       steps: int = 3, episodes: int = 40, alpha: float = 0.1, *,
+                       horizon: int | None = None, gamma: float = 0.99, lam: float = 1.0,
+                       estimator: str = "log-prob", seed: int = 0, workers: int = 1,
+                       ) -> np.ndarray:
+    """Mean return of held-out tasks before and after each step: (tasks, steps + 1).
+
+    α for the first step and α/2 for the later ones, as in the paper; `episodes` fresh
+    episodes after every step, whose mean return is reported and which then make the
+    next step.
+
+    Q: What are the before and after numbers, where does test-time learning happen? (Q3)
+    A: Column 0 is θ itself, a policy that knows no task and so can only hedge: on
+       point2d it hovers at the origin. Column k is that task's policy after k plain
+       policy-gradient steps (`adapt`) on k batches of its episodes. Nothing else
+       learns: θ is not touched, and every number comes from fresh episodes.
+    Q: How were oracle, pretrained, random made? (Q9)
+    A: By `--method`: pretrained trains one policy over all tasks without adaptation,
+       random does not train; both are then adapted here like MAML's θ. The oracle sees
+       the task in its observation; only its column 0 means anything.
+    """
+    mine = share_of_tasks(len(tasks))
+
+    def row(m: int) -> list[float]:
+        phi, out = theta.detach(), []
+        for step in range(steps + 1):
+            data = sample_trajectories(
+                family, tasks[m], policy, phi, episodes, horizon=horizon, gamma=gamma,
+                lam=lam, seed=(seed, EVALUATION, m, step))
+            out.append(data.mean_return())
+            phi = adapt(policy, phi, [data], alpha if step == 0 else alpha / 2, False,
+                        estimator).detach()
+        return out
+    return gather_over_tasks(map_over_tasks(row, mine, workers if family.threads else 1),
+                             mine, len(tasks))
+
+
+EVALUATION = 2**31      # stands in place of the iteration in the seeds of evaluation
+
+
+# The rows of the paper's figures: mean over its 40 test tasks, from the result files that
+# its repository ships, after 0, 1, 2, 3 gradient steps. Locomotion: other simulator, so
+# comparable in shape, not number by number.
+PAPER: dict[str, dict[str, tuple[float, ...]]] = {
+    "point2d": {"maml": (-40.41, -11.68, -3.33, -3.23),
+                "pretrained": (-40.81, -19.73, -11.72, -8.47),
+                "random": (-82.66, -57.96, -53.84, -46.81), "oracle": (-2.29,)},
+    "cheetah-dir": {"maml": (-50.69, 293.19, 313.48, 315.65),
+                    "pretrained": (-43.03, -24.75, -12.85, 19.57),
+                    "random": (-35.73, 21.83, 62.32, 86.18), "oracle": (442.69,)},
+    "cheetah-vel": {"maml": (-129.53, -78.57, -66.62, -60.78),
+                    "pretrained": (-158.00, -135.39, -128.47, -133.61),
+                    "random": (-254.83, -254.33, -246.79, -230.83), "oracle": (-54.47,)},
+    "ant-vel": {"maml": (30.58, 96.74, 100.06, 101.41),
+                "pretrained": (-1.83, 6.11, 8.47, 9.47),
+                "random": (-78.64, -62.81, -48.55, -35.56), "oracle": (107.89,)},
+    "ant-dir": {"maml": (8.66, 499.15, 500.68, 499.11),
+                "pretrained": (3.16, 1.27, 6.51, 6.86),
+                "random": (3.11, 9.25, 15.96, 26.11), "oracle": (524.80,)},
+}
+
+
+def evaluate(config: Config, theta: Tensor) -> np.ndarray:
+    """The run's adaptation table (tasks, steps + 1); the oracle has step 0 only."""
+    family = family_of(config)
+    steps = 0 if config.method == "oracle" else config.eval_steps
+    with one_thread_each():
+        return adaptation_returns(
+            make_policy(family, config), theta, family,
+            family.test_tasks(config.eval_tasks), steps, config.eval_episodes,
+            config.eval_alpha, horizon=config.horizon, gamma=config.gamma,
+            lam=config.lam, estimator=config.inner_loss, seed=config.seed,
+            workers=config.workers)
+
+
+# %% Files of a run: config.json, checkpoint.pt, progress.csv, evaluation.csv
+
+FORMAT, VERSION = "maml_trpo checkpoint", 1
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` a file beside `path`, then rename it: a reader sees the old or the new."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(beside)
+        with open(beside, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, config: Config, state: TrainState) -> None:
+    """The whole state, self-describing, atomically."""
+    content = dict(format=FORMAT, version=VERSION, task=config.task,
+                   config=dataclasses.asdict(config), **vars(state))
+    write_atomically(path, lambda beside: torch.save(content, beside))
+
+
+def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
+    """Read a checkpoint; raises BadInput, and leaves the file as it is, if it is none."""
+    def refuse(why):
+        raise BadInput(f"{path}: {why}; it was left as it is") from None
+    try:
+        content = torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror})") from None
+    except Exception:        # torch.load raises whatever a foreign file makes it raise
+        refuse("not a checkpoint of this program, or a damaged one")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        refuse("not a checkpoint of this program")
+    if content.get("version") != VERSION:
+        refuse(f"written by another version (format {content.get('version')!r}, this "
+               f"program reads {VERSION})")
+    try:
+        config = Config(**content["config"])
+        state = TrainState(**{f.name: content[f.name]
+                              for f in dataclasses.fields(TrainState)})
+        P = make_policy(family_of(config), config).num_params
+    except (KeyError, TypeError, ValueError) as error:
+        refuse(f"a checkpoint with unusable content ({error})")
+    for theta in (state.theta, state.best_theta):
+        if not (isinstance(theta, Tensor) and theta.shape == (P,)
+                and torch.isfinite(theta).all()):
+            refuse(f"its θ is not {P} finite numbers")
+    return config, state
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:
+    def write(beside):
+        with open(beside, "w", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerows([header, *rows])
+    write_atomically(path, write)
+
+
+def write_evaluation(path: Path, method: str, returns: np.ndarray) -> None:
+    write_csv(path, ("method", "task", "step", "return"), [
+        (method, task, step, float(value)) for task, row in enumerate(returns)
+        for step, value in enumerate(row)])
+
+
+def read_evaluation(folder: Path, task: str) -> tuple[str, np.ndarray]:
+    """Another run's method and (tasks, steps + 1) table; BadInput if there is none."""
+    try:
+        with open(folder / "config.json", encoding="utf-8") as f:
+            other = json.load(f)["task"]
+        with open(folder / "evaluation.csv", newline="", encoding="utf-8") as f:
+            rows = list(csv.DictReader(f))
+        shape = [1 + max(int(row[name]) for row in rows) for name in ("task", "step")]
+        table = np.full(shape, np.nan)
+        for row in rows:
+            table[int(row["task"]), int(row["step"])] = float(row["return"])
+        method = rows[0]["method"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        raise BadInput(f"--compare {folder}: no finished run there (it needs config.json "
+                       f"and evaluation.csv)") from None
+    if other != task:
+        raise BadInput(f"--compare {folder}: a run of {other}, not of {task}")
+    return method, table
+
+
+# %% 10. Figures
+
+PALETTE = {"maml": "#1f6fb4", "pretrained": "#d95f02", "random": "#7f7f7f",
+           "oracle": "#2a9d4e"}
+
+
+def new_figure(columns: int = 1, width: float = 6.4, height: float = 4.0):
+    """A figure and its axes, made without any window system."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    return figure, axes
+
+
+def draw_learning_curve(path: Path, config: Config, state: TrainState) -> None:
+    """Return before and after adaptation, mean and middle half of the tasks."""
+    figure, (ax,) = new_figure()
+    iterations = [row["iteration"] for row in state.rows]
+    spread = np.array(state.spread)                                   # (iterations, 4)
+    for k, name, label, color in (
+            (0, "return_pre", "before adaptation", "#7f7f7f"),
+            (1, "return_post", "after adaptation", PALETTE["maml"])):
+        if k == 0 and not config.inner_updates:
+            continue
+        ax.plot(iterations, [row[name] for row in state.rows], color=color, label=label)
+        ax.fill_between(iterations, spread[:, 2 * k], spread[:, 2 * k + 1], color=color,
+                        alpha=0.2, linewidth=0)
+    ax.set(xlabel="meta-iteration", ylabel="return (undiscounted, training tasks)",
+           title=f"{config.task}, {config.method}, seed {config.seed}: mean over "
+                 f"{config.meta_batch_size} tasks, band = middle half")
+    ax.title.set_fontsize(10)
+    ax.legend(frameon=False)
+    figure.savefig(path)
+
+
+def draw_adaptation(path: Path, config: Config,
+                    tables: Sequence[tuple[str, np.ndarray]]) -> None:
+    """Return against the number of gradient steps, with the paper's rows dashed."""
+    figure, (ax,) = new_figure()
+    for label, table in tables:
+        steps = np.arange(table.shape[1])
+        color = PALETTE.get(method_of(label), None)
+        mean, error = np.nanmean(table, axis=0), standard_error(table)
+        if len(steps) == 1:
+            ax.axhline(mean[0], color=color, label=label)
+        else:
+            ax.errorbar(steps, mean, yerr=error, color=color, marker="o", capsize=3,
+                        label=label)
+    for method, row in PAPER.get(config.task, {}).items():
+        if method in {method_of(label) for label, _ in tables}:
+            style = dict(color=PALETTE[method], linestyle="--", alpha=0.7)
+            if len(row) == 1:
+                ax.axhline(row[0], label=f"{method}, paper", **style)
+            else:
+                ax.plot(range(len(row)), row, marker="s", markersize=4,
+                        label=f"{method}, paper", **style)
+    note = "" if config.task == "point2d" else "; paper: another simulator"
+    ax.set(xlabel="gradient steps on the held-out task", ylabel="return (undiscounted)",
+           title=f"{config.task}: mean ± standard error over "
+                 f"{len(tables[0][1])} held-out tasks{note}")
+    ax.title.set_fontsize(10)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(frameon=False)
+    figure.savefig(path)
+
+
+def draw_trajectories(path: Path, config: Config, theta: Tensor, goals: int = 4) -> None:
+    """Paths in the plane before and after 1-3 steps, as the paper's Figure 4."""
+    family = family_of(config)
+    policy = make_policy(family, config)
+    figure, axes = new_figure(goals, 3.1 * goals, 3.4)
+    for m, (ax, goal) in enumerate(zip(axes, family.test_tasks(goals))):
+        phi = theta
+        for step in range(config.eval_steps + 1):
+            data = sample_trajectories(
+                family, goal, policy, phi, config.eval_episodes, gamma=config.gamma,
+                lam=config.lam, horizon=config.horizon,
+                seed=(config.seed, EVALUATION, m, step))
+            length = int(data.mask[0].sum())
+            ax.plot(*data.obs[0, :length].T, linewidth=1.2, alpha=0.9,
+                    color=f"C{step}", label=f"{step} steps" if step != 1 else "1 step")
+            phi = adapt(policy, phi, [data], config.eval_alpha / (1 if step == 0 else 2),
+                        False, config.inner_loss).detach()
+        ax.plot(*goal, "k*", markersize=11, label="goal")
+        ax.plot(0, 0, "ko", markersize=4)
+        ax.set(aspect="equal", xlabel="x", title=f"goal ({goal[0]:.2f}, {goal[1]:.2f})")
+    axes[0].set_ylabel("y")
+    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path)
+
+
+def method_of(label: str) -> str:
+    """"maml, last θ" → "maml"."""
+    return label.split(",")[0]
+
+
+def standard_error(table: np.ndarray) -> np.ndarray:
+    """Of the mean over tasks: (tasks, n) → (n,); 0 for a single task."""
+    n = len(table)
+    return table.std(axis=0, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(table.shape[1])
+
+
+def comparison_table(config: Config, tables: Sequence[tuple[str, np.ndarray]]) -> str:
+    """Our rows (mean ± standard error over tasks) above the paper's."""
+    width = max(len(label) for label, _ in tables) + 2
+    width = max(width, len("pretrained, paper") + 2)
+    columns = max(table.shape[1] for _, table in tables)
+    lines = ["gradient steps".ljust(width)
+             + "".join(f"{step:>17}" for step in range(columns))]
+    for label, table in tables:
+        cells = [f"{m:9.2f} ± {e:5.2f}" for m, e in zip(np.nanmean(table, axis=0),
+                                                        standard_error(table))]
+        lines.append(label.ljust(width) + "".join(cell.rjust(17) for cell in cells))
+    for method, row in PAPER.get(config.task, {}).items():
+        if method in {method_of(label) for label, _ in tables}:
+            cells = [f"{value:9.2f}        " for value in row[:columns]]
+            lines.append(f"{method}, paper".ljust(width)
+                         + "".join(cell.rjust(17) for cell in cells))
+    if config.task != "point2d":
+        lines.append("The paper's simulator differs: compare shapes, not numbers.")
+    return "\n".join(lines)
+
+
+# %% 11. Command line
+
+RUN_FILES = ("config.json", "checkpoint.pt", "progress.csv", "evaluation.csv",
+             "learning.png", "adaptation.png", "trajectories.png")
+EVALUATION_FLAGS = ("eval_tasks", "eval_episodes", "eval_steps", "eval_alpha", "workers",
+                    "seed")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are BadInput: one sentence, exit status 2."""
+
+    def error(self, message: str):
+        raise BadInput(f"{message} (--help lists every setting)")
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def build_parser() -> Parser:
+    """Every field of Config is a flag; its help says its default and source."""
+    parser = Parser(prog="maml_trpo.py", allow_abbrev=False,
+                    formatter_class=argparse.RawTextHelpFormatter,
+                    description="MAML-TRPO: meta-train, evaluate, draw, compare.")
+    for f in dataclasses.fields(Config):
+        flag, lines = "--" + f.name.replace("_", "-"), [f.metadata["help"]]
+        if f.metadata["choices"]:
+            lines.append("one of " + ", ".join(f.metadata["choices"]))
+        if f.name == "task":
+            lines.append("one of " + ", ".join(PRESETS))
+        if f.default is not None:
+            lines.append(f"default {f.default}")
+        lines += [f"{task}: {preset[f.name][0]} ({preset[f.name][1]})"
+                  for task, preset in PRESETS.items() if f.name in preset]
+        kind = dict(action="store_true") if f.type == "bool" else dict(
+            type={"int": int, "float": float, "str": str, "tuple": whole_numbers}[f.type],
+            metavar={"int": "N", "float": "X", "str": "NAME", "tuple": "N,N"}[f.type])
+        parser.add_argument(flag, default=argparse.SUPPRESS, **kind,
+                            help="\n".join(lines).replace("%", "%%"))
+    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--out", type=Path, metavar="DIR",
+        help="where the run writes (default: the next free runs/TASK-METHOD-seedS)")
+    add("--resume", action="store_true", help="go on from DIR's checkpoint")
+    add("--init", type=Path, metavar="FILE", help="start from a saved θ")
+    add("--evaluate", type=Path, metavar="FILE",
+        help="no training: table and figures of a saved θ")
+    add("--compare", type=Path, nargs="+", metavar="DIR",
+        help="put other runs' rows and curves into the table and figure")
+    return parser
+
+
+def say(*text: str) -> None:
+    """Print; when nobody reads any more (`| head`), go on in silence."""
+    try:
+        print(*text, flush=True)
+    except (BrokenPipeError, ValueError):
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def next_free(name: str) -> Path:
+    """runs/NAME, or NAME-2, NAME-3, … if that is there already."""
+    count = 1
+    while (path := Path("runs") / (name if count == 1 else f"{name}-{count}")).exists():
+        count += 1
+    return path
+
+
+def make_folder(folder: Path, resume: bool) -> None:
+    """Create the run's folder; BadInput if it cannot be written or holds a run."""
+    there = [name for name in RUN_FILES if (folder / name).exists()]
+    if there and not resume:
+        raise BadInput(f"{folder} already holds a run ({there[0]}): add --resume to go "
+                       f"on with it, or choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(f"--out {folder} cannot be written ({error.strerror}): choose "
+                       f"another folder") from None
+
+
+def resumed(folder: Path, given: dict) -> tuple[Config, TrainState | None]:
+    """A run's settings and state; BadInput if `given` would change what it computes."""
+    if not folder.is_dir():
+        raise BadInput(f"--resume: there is no folder {folder}")
+    if (folder / "checkpoint.pt").exists():
+        config, state = load_checkpoint(folder / "checkpoint.pt")
+    elif (folder / "config.json").exists() or not any(folder.iterdir()):
+        config, state = read_config(folder / "config.json") or Config(**given), None
+    else:
+        raise BadInput(f"--resume: {folder} holds files, but no run")
+    for name, value in given.items():
+        old = getattr(config, name)
+        if name == "iterations" and value >= (state.iteration if state else 0):
+            continue
+        if name != "workers" and value != old:
+            raise BadInput(f"--resume: the run in {folder} has {name} {old}, not {value}: "
+                           f"only a larger --iterations can be changed")
+    allowed = {name: given[name] for name in ("iterations", "workers") if name in given}
+    return dataclasses.replace(config, **allowed), state
+
+
+def read_config(path: Path) -> Config | None:
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Config(**content | {"hidden": tuple(content["hidden"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"{path} is not a run's configuration ({error})") from None
+
+
+PROGRESS_HEADER = ("  iter   return before → after   surrogate      KL  trials  CG left"
+                   "    std    s/it     left")
+
+
+def progress_line(row: dict[str, float], iterations: int, recent: float) -> str:
+    left = (iterations - 1 - row["iteration"]) * recent
+    search = f"{row['line_search_steps']:6d}" if row["line_search_steps"] else "  none"
+    return (f"{row['iteration'] + 1:6d}  {row['return_pre']:12.2f} → "
+            f"{row['return_post']:8.2f}  {row['surrogate_after']:10.5f} {row['kl']:7.4f}"
+            f"  {search} {row['cg_residual']:8.3f} {row['std_mean']:6.3f} "
+            f"{row['seconds_total']:7.2f}  {left / 60:3.0f}m{left % 60:02.0f}s")
+
+
+def train_in_folder(config: Config, folder: Path, state: TrainState | None) -> TrainState:
+    """Train, with a checkpoint, a CSV row and a printed line after every iteration."""
+    policy = make_policy(family_of(config), config)
+    state = state or TrainState.initial(policy, config)
+    save_checkpoint(folder / "checkpoint.pt", config, state)
+    write_atomically(folder / "config.json", lambda beside: beside.write_text(
+        json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8"))
+    write_csv(folder / "progress.csv", PROGRESS_COLUMNS,
+              [row.values() for row in state.rows])
+    latest = [state]
+
+    def after_iteration(state: TrainState) -> None:
+        row = state.rows[-1]
+        with open(folder / "progress.csv", "a", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerow(row.values())
+        save_checkpoint(folder / "checkpoint.pt", config, state)
+        latest[0] = state
+        recent = np.median([r["seconds_total"] for r in state.rows[-10:]])
+        say(progress_line(row, config.iterations, recent))
+
+    if state.iteration < config.iterations:
+        say(PROGRESS_HEADER)
+    try:
+        train_maml(config, start=state, after_iteration=after_iteration)
+    except KeyboardInterrupt:
+        if latest[0].rows:
+            draw_learning_curve(folder / "learning.png", config, latest[0])
+        say(f"Interrupted after iteration {latest[0].iteration}. Go on with: python "
+            f"maml_trpo.py --task {config.task} --out {folder} --resume")
+        raise
+    return latest[0]
+
+
+def report(config: Config, folder: Path, state: TrainState,
+           compare: Sequence[Path]) -> None:
+    """Evaluate the last θ; write evaluation.csv and the figures; print the table."""
+    others = [read_evaluation(other, config.task) for other in compare]
+    say(f"Evaluating the last θ on {config.eval_tasks} held-out tasks, "
+        f"{config.eval_episodes} episodes after each step …")
+    table = evaluate(config, state.theta)
+    write_evaluation(folder / "evaluation.csv", config.method, table)
+    tables = [(config.method + ", last θ", table),
+              *((f"{method}, {other.name}", rows)
+                for other, (method, rows) in zip(compare, others))]
+    if state.rows:
+        draw_learning_curve(folder / "learning.png", config, state)
+    draw_adaptation(folder / "adaptation.png", config, tables)
+    if config.task == "point2d":
+        draw_trajectories(folder / "trajectories.png", config, state.theta)
+    say("\nReturn, mean ± standard error over the held-out tasks\n"
+        + comparison_table(config, tables))
+
+
+def run(options: dict[str, Any]) -> int:
+    """Carry out a parsed command line."""
+    names = {f.name for f in dataclasses.fields(Config)}
+    given = {name: value for name, value in options.items() if name in names}
+    compare = options.get("compare", [])
+    if "evaluate" in options:
+        for name in sorted(set(options) - {*EVALUATION_FLAGS, "evaluate", "out",
+                                           "compare", "task"}):
+            raise BadInput(f"--evaluate takes {name} from the file: leave it out")
+        config, state = load_checkpoint(options["evaluate"])
+        if given.get("task", config.task) != config.task:
+            raise BadInput(f"{options['evaluate']} is of {config.task}, not of "
+                           f"{given['task']}")
+        config = dataclasses.replace(config, **given)
+        folder = options.get("out") or next_free(f"{config.task}-{config.method}-evaluated")
+        make_folder(folder, resume=False)
+        started = time.perf_counter()
+    else:
+        config, state = Config(**given), None
+        name = f"{config.task}-{config.method}-seed{config.seed}"
+        resume = options.get("resume", False)
+        folder = options.get("out") or (Path("runs") / name if resume else next_free(name))
+        if resume:
+            config, state = resumed(folder, given)
+        if "init" in options and state is None:
+            state = start_from(options["init"], config)
+        for other in compare:
+            read_evaluation(other, config.task)
+        make_folder(folder, resume)
+        say(f"{config.task}, {config.method}, seed {config.seed}: {config.iterations} "
+            f"meta-iterations of {config.meta_batch_size} tasks × {config.rollouts} "
+            f"episodes × {config.horizon} steps, twice; {config.workers} workers; "
+            f"writes to {folder}")
+        started = time.perf_counter()
+        state = train_in_folder(config, folder, state)
+    report(config, folder, state, compare)
+    say(f"\nDone in {time.perf_counter() - started:.0f} s. Files: {folder}")
+    return 0
+
+
+def start_from(path: Path, config: Config) -> TrainState:
+    """The state before the first iteration, with the θ that another run ended on."""
+    _, other = load_checkpoint(path)
+    start = TrainState.initial(make_policy(family_of(config), config), config)
+    if other.theta.shape != start.theta.shape:
+        raise BadInput(f"--init {path}: its θ has {len(other.theta)} numbers, this run's "
+                       f"policy {len(start.theta)}")
+    return dataclasses.replace(start, theta=other.theta, best_theta=other.theta)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: → exit status (0 done, 1 failed, 2 bad input, 130 Ctrl-C)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # a terminal that cannot show θ gets ?
+            stream.reconfigure(errors="replace")
+    try:
+        return run(vars(build_parser().parse_args(argv)))
+    except SystemExit as stop:                  # --help
+        return int(stop.code or 0)
+    except BadInput as error:
+        print(f"maml_trpo.py: {error}", file=sys.stderr)
+        return 2
+    except (Diverged, OSError) as error:
+        print(f"maml_trpo.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
