@@ -6,27 +6,35 @@ What this is
     arXiv 1703.03400v3): find parameters θ from which ONE policy-gradient step on a
     few episodes of a new task gives a good policy for that task.
 
+    Finite differences, conjugate gradient and line search are written out; every
+    function says which line of the paper it is and answers what readers ask.
+    Q: Why does it not match the paper? (Q4)
+    A: On 2D navigation it does: README has the numbers, with seeds, and notes.md the
+       table of what paper, authors' code and this file do differently.
+    Q: It does not install or run? (Q15)
+    A: Four packages, no worker processes; point2d runs without MuJoCo. See README.
+
 Run it
-    python maml_trpo.py --task point2d             train, evaluate, draw, compare
-    python maml_trpo.py --help                     every setting, its default, its source
-    python -m pytest                               the proofs (test_maml_trpo.py)
+    python maml_trpo.py --task point2d       train, evaluate, draw, compare
+    python maml_trpo.py --help               every setting, its default, its source
+    python -m pytest                         the proofs (test_maml_trpo.py)
 
 Algorithm 3 of the paper, the notes' pseudocode, and the function here
-    [MAML Alg.3 l.1]     [notes l.67]     initialise θ             GaussianPolicy.init
-    [MAML Alg.3 l.2]     [notes l.33]     while not done           train_maml
-    [MAML Alg.3 l.3]     [notes l.28]     draw tasks Tᵢ ~ p(T)     TaskFamily.sample_tasks
-    [MAML Alg.3 l.4,9]   [notes l.34]     for all Tᵢ               map_over_tasks
-    [MAML Alg.3 l.5]     [notes l.1-24]   K trajectories D with θ  sample_trajectories
-    [MAML Alg.3 l.6]     [notes l.39-41]  ∇L from D, Eq. 4         inner_loss
-    [MAML Alg.3 l.7]     [notes l.36,42]  θ′ = θ − α∇L             adapt
-    [MAML Alg.3 l.8]     [notes l.44-45]  trajectories D′ with θ′  sample_trajectories
-    [MAML Alg.3 l.10]    [notes l.51-57]  ∇ Σ L(θ′) using D′       surrogate_and_kl
-      TRPO in its place  [notes l.47-49]  mean KL, old ‖ new       kl_old_new
-                         [notes l.60-61]  its Hessian, as H·v      hessian_vector_product
-                         [notes l.62]     x ≈ H⁻¹g                 conjugate_gradient
-                         [notes l.65]     scale, then backtrack    backtrack_line_search
-                         [notes l.66]     the new θ                trpo_meta_step
-    [MAML Alg.3 l.11]    [notes l.69]     end while                train_maml
+    [MAML Alg.3 l.1]    [notes l.67]     initialise θ            GaussianPolicy.init
+    [MAML Alg.3 l.2]    [notes l.33]     while not done          train_maml
+    [MAML Alg.3 l.3]    [notes l.28]     draw tasks Tᵢ ~ p(T)    TaskFamily
+    [MAML Alg.3 l.4,9]  [notes l.34]     for all Tᵢ              map_over_tasks
+    [MAML Alg.3 l.5]    [notes l.1-24]   K episodes D with θ     sample_trajectories
+    [MAML Alg.3 l.6]    [notes l.39-41]  ∇L from D, Eq. 4        inner_loss
+    [MAML Alg.3 l.7]    [notes l.36,42]  θ′ = θ − α∇L            adapt
+    [MAML Alg.3 l.8]    [notes l.44-45]  K episodes D′ with θ′   sample_trajectories
+    [MAML Alg.3 l.10]   [notes l.51-57]  ∇ Σ L(θ′) using D′      surrogate_and_kl
+      TRPO in its place [notes l.47-49]  mean KL, old ‖ new      kl_old_new
+                        [notes l.60-61]  its Hessian, as H·v     hessian_vector_product
+                        [notes l.62]     x ≈ H⁻¹g                conjugate_gradient
+                        [notes l.65]     scale, then backtrack   backtrack_line_search
+                        [notes l.66]     the new θ               trpo_meta_step
+    [MAML Alg.3 l.11]   [notes l.69]     end while               train_maml
 
 Symbols (letters are bound once; shapes stand at line ends)
     M tasks · K trajectories a task · H steps · S observation · A action · P parameters
@@ -42,7 +50,7 @@ Symbols (letters are bound once; shapes stand at line ends)
 
 Three voices in the comments
     Paper:           what the paper says
-    Authors' code:   where the paper's original repository (cbfinn/maml_rl) does otherwise
+    Authors' code:   where the authors' repository (cbfinn/maml_rl) does otherwise
     Here:            our choice and its reason
 Every such row stands in notes.md too, with the derivations, the answers to the
 pseudocode's open questions, the measured effects, and what each [tag] refers to.
@@ -78,7 +86,7 @@ from torch.distributions import Distribution, Independent, Normal, register_kl
 
 
 class BadInput(ValueError):
-    """Something the user gave cannot be used; the message says what, where, what to do."""
+    """Unusable input; the message says what, where, and what to do."""
 
 
 def setting(default, help: str, ok=None, must: str = "", choices=None) -> Any:
@@ -133,7 +141,8 @@ class Config:
     max_kl: float = setting(None, "δ, trust region on the adapted policies", **POSITIVE)
     damping: float = setting(1e-5, "added to H's diagonal (authors' code)",
                              **NOT_NEGATIVE)
-    cg_iterations: int = setting(10, "conjugate-gradient steps (authors' code)", **COUNT)
+    cg_iterations: int = setting(10, "steps of conjugate gradient (authors' code)",
+                                 **COUNT)
     cg_tolerance: float = setting(1e-10, "stop CG at r·r below this (authors' code)",
                                   **NOT_NEGATIVE)
     hvp: str = setting("finite-difference", "which Hessian-vector product",
@@ -151,7 +160,7 @@ class Config:
     eval_steps: int = setting(3, "adaptation steps at evaluation", **COUNT_OR_0)
     eval_alpha: float = setting(
         None, "α of the first step at evaluation, halved from the second on "
-        "(paper); default: alpha", **NOT_NEGATIVE)
+        "(paper); a given --alpha is the default", **NOT_NEGATIVE)
     workers: int = setting(None, "threads over tasks (default: the cores there are)",
                            **COUNT)
 
@@ -164,13 +173,14 @@ class Config:
         if self.task not in PRESETS:
             raise BadInput(f"unknown task {self.task!r}: choose from "
                            f"{', '.join(PRESETS)}")
-        for name, (value, _source) in PRESETS[self.task].items():
+        preset = {name: value for name, (value, _) in PRESETS[self.task].items()}
+        if self.alpha is not None:            # an α of one's own is for evaluation too
+            preset["eval_alpha"] = self.alpha
+        preset.setdefault("eval_alpha", preset["alpha"])
+        preset["workers"] = available_cores()
+        for name, value in preset.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if self.eval_alpha is None:
-            object.__setattr__(self, "eval_alpha", self.alpha)
-        if self.workers is None:
-            object.__setattr__(self, "workers", available_cores())
         for f in dataclasses.fields(self):
             check_setting(f, getattr(self, f.name))
 
@@ -178,11 +188,12 @@ class Config:
 # task → {field: (value, source)}
 PRESETS: dict[str, dict[str, tuple[Any, str]]] = {
     "point2d": dict(
-        iterations=(100, "authors' code: 100; the paper allows up to 500"),
+        iterations=(120, "ours; authors' code: 100, the paper allows up to 500"),
         meta_batch_size=(20, "paper"),
         rollouts=(20, "paper"),
         horizon=(100, "paper"),
         alpha=(0.2, "ours; the paper says 0.1, the run behind its figure used 0.5"),
+        eval_alpha=(0.21, "ours, chosen on 100 other goals: 40 episodes, not 20"),
         init_std=(1.0, "authors' code: 1.0 in units of the action limit"),
         max_kl=(0.01, "authors' code; the paper does not state it"),
     ),
@@ -242,8 +253,9 @@ class Point2D(VectorEnv):
 
     def __init__(self, num_envs: int):
         self.num_envs = num_envs
-        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        box = gym.spaces.Box
+        self.single_observation_space = box(-np.inf, np.inf, (2,), np.float32)
+        self.single_action_space = box(-1.0, 1.0, (2,), np.float32)
         self.observation_space = gym.vector.utils.batch_space(
             self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(
@@ -287,7 +299,7 @@ def sample_goals(rng: np.random.Generator, M: int) -> np.ndarray:
 
 
 def paper_goals(n: int = 40) -> np.ndarray:
-    """The first n of the goals of the paper's evaluation [maml_rl: seed 1, 40 of them]."""
+    """The first n of the paper's 40 test goals: numpy's old generator, seed 1."""
     return np.random.RandomState(1).uniform(-0.5, 0.5, (n, 2))
 
 
@@ -298,9 +310,9 @@ class GaussianPolicy:
     """π_θ(a|x) = N(a; μ_θ(x), diag σ²), with θ one flat vector (P,).
 
     Paper:         two hidden layers of 100 ReLU units.
-    Authors' code: Xavier weights, zero biases, log σ a parameter that does not depend on
-                   the state, σ = 1 at first and never below 1e-6. The inner step adapts
-                   log σ like every other parameter [maml_rl maml_npo.py].
+    Authors' code: Xavier weights, zero biases; log σ is a parameter that does not
+                   depend on the state, σ = 1 at first and never below 1e-6. The inner
+                   step adapts log σ like all others [maml_rl maml_npo.py].
 
     The pseudocode copies a network for every task and lets an optimizer change the copy
     in place [notes l.36,42]. With θ a plain vector and the network a function of it, an
@@ -341,7 +353,7 @@ class GaussianPolicy:
         x = obs.reshape(-1, obs.shape[-1]).T          # samples are columns: (S, N)
         *hidden, last_weight, last_bias = layers
         for weight, bias in zip(hidden[::2], hidden[1::2]):
-            x = self.activation(torch.addmm(bias[:, None], weight, x))         # (100, N)
+            x = self.activation(torch.addmm(bias[:, None], weight, x))      # (100, N)
         mean = torch.addmm(last_bias[:, None], last_weight, x)                 # (A, N)
         return mean.T.reshape(*obs.shape[:-1], -1)
 
@@ -399,7 +411,7 @@ class DiagonalGaussian(Independent):
 def _kl_gaussian(old: DiagonalGaussian, new: DiagonalGaussian) -> Tensor:
     """Σ_A [ log σ_n − log σ_o + (σ_o² + (μ_o − μ_n)²)/(2σ_n²) − ½ ]: (...)."""
     log_ratio = new.log_std - old.log_std                                      # (A,)
-    z = (old.mean - new.mean) / new.log_std.exp()                              # (..., A)
+    z = (old.mean - new.mean) / new.log_std.exp()                           # (..., A)
     return ((log_ratio + 0.5 * torch.exp(-2 * log_ratio) - 0.5).sum()
             + 0.5 * (z * z).sum(-1))
 
@@ -451,8 +463,8 @@ def task_rollout(envs: VectorEnv, policy, theta: Tensor, task, horizon: int,
     act_on = policy.sampler(theta, rng)
     obs, _ = envs.reset(seed=rng.integers(2**31, size=K).tolist(),
                         options={"task": task})
-    # One number of all K·H samples after the other: the memory order that the matrix
-    # products of the policy like best (a tenth of a gradient's time).
+    # In memory one number of the observation after the other, each for all K·H samples:
+    # the order the policy's matrix products like best (a tenth of a gradient's time).
     dtype = np.float64 if theta.dtype == torch.float64 else np.float32
     all_obs, all_act = np.zeros((S, K, H), dtype), np.zeros((A, K, H), dtype)
     all_rew, mask = np.zeros((K, H), dtype), np.zeros((K, H), bool)
@@ -469,8 +481,8 @@ def task_rollout(envs: VectorEnv, policy, theta: Tensor, task, horizon: int,
     for name, x in (("observation", all_obs), ("action", all_act), ("reward", all_rew)):
         x[..., ~mask] = 0                      # what came after an episode's end
         if not np.isfinite(x).all():
-            raise BadInput(f"task {task}: the {name}s are not all finite numbers: check "
-                           f"the environment's step()")
+            raise BadInput(f"task {task}: the {name}s are not all finite numbers: "
+                           f"check the environment's step()")
     return Trajectories(*(torch.from_numpy(x) for x in (
         np.moveaxis(all_obs, 0, -1), np.moveaxis(all_act, 0, -1), all_rew,
         mask.astype(dtype))))
@@ -479,10 +491,10 @@ def task_rollout(envs: VectorEnv, policy, theta: Tensor, task, horizon: int,
 def sample_trajectories(family: TaskFamily, task, policy, theta: Tensor, K: int, *,
                         seed: Sequence[int], horizon: int | None = None,
                         gamma: float = 0.99, lam: float = 1.0) -> Trajectories:
-    """K episodes of `task` with π_θ and their advantages [MAML Alg.3 l.5,8] [notes l.17-24].
+    """K episodes of `task` with π_θ, and their advantages [MAML Alg.3 l.5,8].
 
-    The pseudocode's `for i in range(K)` runs as K copies side by side; "K rollouts" are
-    K episodes, so K·H timesteps.
+    The loop over K of the pseudocode [notes l.17-24] runs as K copies side by side;
+    "K rollouts" are K episodes, so K·H timesteps.
     """
     data = task_rollout(family.envs(K), policy, theta, task,
                         horizon or family.horizon, seed)
@@ -519,9 +531,9 @@ class LinearBaseline:
     Q: Which data is the baseline fitted on? (Q10)
     A: On the very episodes whose advantages it then gives, afresh for every task and
        every inner step [maml_rl]. Spinning Up fits V *after* use [SpinUp VPG l.8], so
-       its baseline comes from earlier data; a new task has no earlier data. The price is
-       a bias, since the fit has seen the returns it is subtracted from; with 2,000
-       samples for 8 weights it is small. A baseline fitted on other data leaves the
+       its baseline comes from earlier data; a new task has none. The price is a bias,
+       since the fit has seen the returns it is subtracted from; with 2,000 samples
+       for 8 weights it is small. A baseline fitted on other data leaves the
        expectation of the gradient unchanged.
     """
     RIDGE, CLIP = 1e-5, 10.0
@@ -538,7 +550,7 @@ class LinearBaseline:
 
     def fit(self, obs: Tensor, returns: Tensor, mask: Tensor) -> LinearBaseline:
         """Least squares on the steps that happened: returns, mask (K, H)."""
-        phi = self.features(obs)[mask.bool()]                                  # (N, 2S+4)
+        phi = self.features(obs)[mask.bool()]                               # (N, 2S+4)
         gram = phi.T @ phi + self.RIDGE * torch.eye(phi.shape[1], dtype=phi.dtype)
         self.weights = torch.linalg.solve(gram, phi.T @ returns[mask.bool()].double())
         return self
@@ -611,8 +623,9 @@ def inner_loss(policy, theta: Tensor, trajectories: Trajectories,
        apart on an MDP small enough to enumerate.
     """
     log_prob = policy.distribution(theta, trajectories.obs).log_prob(trajectories.act)
-    score = log_prob if estimator == "log-prob" else (log_prob - log_prob.detach()).exp()
-    return -masked_mean(score * trajectories.adv, trajectories.mask)
+    if estimator == "ratio":
+        log_prob = (log_prob - log_prob.detach()).exp()      # 1, with gradient ∇log π
+    return -masked_mean(log_prob * trajectories.adv, trajectories.mask)
 
 
 def adapt(policy, theta: Tensor, inner_data: Sequence[Trajectories], alpha: float,
@@ -631,8 +644,8 @@ def adapt(policy, theta: Tensor, inner_data: Sequence[Trajectories], alpha: floa
        records the computation of ∇L itself, so that backward can differentiate it.
        With False, autograd sees θ′ = θ − constant: first-order MAML (--first-order).
     Q: Several inner steps? (Q5)
-    A: Each on fresh episodes of the policy it starts from; J = J_n···J_1, a product of n
-       factors I − α∇²L, still second derivatives only. (Not symmetric for n > 1.)
+    A: Each on fresh episodes of the policy it starts from; J = J_n···J_1, a product
+       of n factors I − α∇²L, still second derivatives only. (Not symmetric if n > 1.)
     """
     theta_prime = theta if theta.requires_grad else theta.detach().requires_grad_()
     for trajectories in inner_data:
@@ -666,7 +679,7 @@ def map_over_tasks(function: Callable, tasks: Sequence, workers: int = 1) -> lis
 
 def mean_over_tasks(function: Callable[[Any], Tensor], tasks: Sequence,
                     workers: int = 1) -> Tensor:
-    """(1/M) Σ_i function(task i): every expectation of the outer loop [MAML Alg.3 l.10].
+    """(1/M) Σ_i function(task i): every mean of the outer loop [MAML Alg.3 l.10].
 
     The sum runs in task order and in float64, so the number of threads cannot change
     the result. Under torchrun each process holds a share of the tasks, and this
@@ -686,15 +699,16 @@ def kl_old_new(old: Distribution, new: Distribution) -> Tensor:
 
     Q: The KL is always 0 and the ratio always 1: is this a bug? (Q1)
     A: No. At θ = θ_old both policies are the same, so the KL is 0, and so is its
-       gradient (0 is its minimum). What TRPO uses is its *Hessian* there, JᵀFJ. It would
-       be a bug if the KL were still 0 after the step.
+       gradient (0 is its minimum). What TRPO uses is its *Hessian* there, JᵀFJ. It
+       would be a bug if the KL were still 0 after the step.
     Q: Which direction? (Q12)
     A: Old first, as TRPO. The two directions have the same Hessian at θ_old, the Fisher
        matrix, and differ from the third order on: the line search can tell.
     Q: Can it be had for a distribution without closed form? [notes l.59]
-    A: As the mean of log π_old(a) − log π_new(a) over actions drawn from π_old. At θ_old
-       its value is exactly 0; its gradient, −mean ∇log π, is 0 only in expectation; its
-       Hessian, −mean ∇²log π, is the Fisher matrix only in expectation.
+    A: As the mean of log π_old(a) − log π_new(a) over actions drawn from π_old. Its
+       value at θ_old is exactly 0; its gradient, −mean ∇log π, is 0 only in
+       expectation; its Hessian, −mean ∇²log π, is the Fisher matrix only in
+       expectation.
     """
     return torch.distributions.kl_divergence(old, new)
 
@@ -712,18 +726,18 @@ def surrogate_and_kl(policy, theta: Tensor, task_data: TaskData, alpha: float,
                      ) -> tuple[Tensor, Tensor]:
     """One task's meta-objective and KL as functions of θ; both () [MAML Alg.3 l.10].
 
-    surrogate = −mean over D′ of  π_{θ′(θ)}(a|x) / π_{θ′(θ_old)}(a|x) · Â′   [TRPO Eq.14]
-    kl        =  mean over D′ of  KL(π_{θ′(θ_old)}(·|x) ‖ π_{θ′(θ)}(·|x))
+    surrogate = −mean over D′ of π_{θ′(θ)}(a|x) / π_{θ′(θ_old)}(a|x) · Â′  [TRPO Eq.14]
+    kl        =  mean over D′ of KL(π_{θ′(θ_old)}(·|x) ‖ π_{θ′(θ)}(·|x))
 
-    Both compare *adapted* policies, on the states these visit; the pseudocode takes the
-    KL between a task's adapted policy and the meta-policy [notes l.48], which bounds how
-    far the inner step goes and not how far the meta-step goes. It also has no importance
+    Both compare *adapted* policies, on the states these visit. The pseudocode takes
+    the KL between a task's adapted policy and the meta-policy [notes l.48]: that
+    bounds how far the inner step goes, not the meta-step. And it has no importance
     ratio: with D′ fixed, mean(R) is a number that does not depend on θ [notes l.54].
 
     Q: Why run the inner update again in here? (Q8)
     A: The θ′ that sampled D′ is a vector without a graph. The outer gradient needs θ′
-       *as a function of θ*, so it is recomputed from the stored D. The line search needs
-       it too: for every trial θ, the adapted policies move.
+       *as a function of θ*, so it is recomputed from the stored D. The line search
+       needs it too: with every trial θ, the adapted policies move.
     Q: "KL always 0, ratio always 1"? (Q1)
     A: Yes at θ_old, by construction; the gradient of the ratio is what counts.
     """
@@ -732,7 +746,12 @@ def surrogate_and_kl(policy, theta: Tensor, task_data: TaskData, alpha: float,
     outer, old = task_data.outer, task_data.old
     ratio = (new.log_prob(outer.act) - old.log_prob(outer.act)).exp()          # (K, H)
     surrogate = -masked_mean(ratio * outer.adv, outer.mask)
-    return surrogate, masked_mean(kl_old_new(old, new), outer.mask)
+    return surrogate, mean_kl(new, task_data)
+
+
+def mean_kl(new: Distribution, task_data: TaskData) -> Tensor:
+    """KL(old ‖ new) averaged over the steps of D′: ()."""
+    return masked_mean(kl_old_new(task_data.old, new), task_data.outer.mask)
 
 
 # %% 7. The TRPO step (TRPO §6, App. C; SpinUp TRPO lines 7-9; notes l.51-66)
@@ -751,21 +770,22 @@ def gradient(function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
 
 def meta_gradient(policy, theta: Tensor, task_data: TaskData, alpha: float,
                   first_order: bool = False, estimator: str = "log-prob") -> Tensor:
-    """One task's g = ∇_θ surrogate = Jᵀ ∇V(θ′): (P,) [MAML Alg.3 l.10] [SpinUp TRPO l.7].
+    """One task's g = ∇_θ surrogate, (P,) [MAML Alg.3 l.10] [SpinUp TRPO l.7].
 
     Q: What must `meta_grad.backward()` reach, and what is g_k? [notes l.55-57]
-    A: It must reach the *meta*-parameters θ, through θ′ = θ − α∇L(θ), and so through the
-       gradient in it. g_k is that derivative, averaged over tasks: one number for each
-       parameter, (P,). The pseudocode's path is cut three times: rewards carry no graph;
-       `copy.deepcopy` makes parameters that do not know θ; `optim.step()` changes them
-       in place, outside the graph. Its `backward()` leaves θ without a gradient.
+    A: It must reach the *meta*-parameters θ, through θ′ = θ − α∇L(θ) and the gradient
+       in it: g = Jᵀ∇V(θ′). g_k is its mean over tasks: one number for each parameter,
+       (P,). The pseudocode's path is cut three times: rewards carry no graph;
+       `copy.deepcopy` makes parameters that do not know θ; `optim.step()` changes
+       them in place, outside the graph. Its `backward()` leaves θ without a gradient.
     """
     return gradient(lambda t: surrogate_and_kl(
         policy, t, task_data, alpha, first_order, estimator)[0], theta)
 
 
-def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor, v: Tensor,
-                           step: float = 0.01, grad_at_theta: Tensor | None = None,
+def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor,
+                           v: Tensor, step: float = 0.01,
+                           grad_at_theta: Tensor | None = None,
                            symmetric: bool = False) -> Tensor:
     """H·v by a finite difference of a gradient; theta, v, result (P,) [MAML §5.3].
 
@@ -792,11 +812,11 @@ def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor, v
     Authors' code: symmetric, with an ε of 1/‖θ‖ through a mixed-up argument, so a move
                    of ‖v‖/‖θ‖ that shrinks as CG proceeds [maml_rl
                    conjugate_gradient_optimizer.py].
-    Here:          one-sided, step 0.01. Measured in float32 on point2d: 1-4 % error along
-                   g, where ReLU's kinks set the limit, not rounding (figure in notes.md).
-                   At initialisation every episode starts where each unit's input is
-                   exactly 0, and the error *grows* as the step shrinks: 25 % at 0.001,
-                   2.5 % at 0.01.
+    Here:          one-sided, step 0.01. Measured on point2d in float32: 1-4 % error
+                   along g; ReLU's kinks set the limit, not rounding (figure in
+                   notes.md). At initialisation every episode starts where each unit's
+                   input is exactly 0, and the error *grows* as the step shrinks: 25 %
+                   at 0.001, 2.5 % at 0.01.
     """
     eps = step / v.norm()
     if symmetric:
@@ -836,14 +856,13 @@ def gauss_newton_product(policy, theta: Tensor, task_data: TaskData, v: Tensor,
         return u - alpha * torch.autograd.grad(grad, theta_i, u, retain_graph=True)[0]
 
     def kl(phi):                                    # K(φ); its Hessian at θ′ is F
-        new = policy.distribution(phi, task_data.outer.obs)
-        return masked_mean(kl_old_new(task_data.old, new), task_data.outer.mask)
+        return mean_kl(policy.distribution(phi, task_data.outer.obs), task_data)
 
     for factor in factors:
-        v = times(factor, v)                                                   # J·v
-    v = double_backprop_product(kl, theta_prime, v)                            # F(J·v)
+        v = times(factor, v)                                                # J·v
+    v = double_backprop_product(kl, theta_prime, v)                         # F(J·v)
     for factor in reversed(factors):
-        v = times(factor, v)                                                   # Jᵀ(F(J·v))
+        v = times(factor, v)                                                # Jᵀ(F(J·v))
     return v
 
 
@@ -879,6 +898,11 @@ def conjugate_gradient(hvp: Callable[[Tensor], Tensor], b: Tensor, iterations: i
     return x, r
 
 
+def step_scale(xHx: float, max_kl: float) -> float:
+    """√(2δ / xᵀHx): with s = scale·x, ½sᵀHs = δ [TRPO App.C] [SpinUp TRPO l.9]."""
+    return math.sqrt(2 * max_kl / xHx)
+
+
 def backtrack_line_search(evaluate: Callable[[Tensor], tuple[float, float]],
                           theta: Tensor, full_step: Tensor, surrogate_before: float,
                           max_kl: float, ratio: float = 0.8, trials: int = 15,
@@ -890,11 +914,11 @@ def backtrack_line_search(evaluate: Callable[[Tensor], tuple[float, float]],
 
     Q: What does it check, and what if it fails? (Q6)
     A: That the surrogate fell AND the KL is within δ: the quadratic model behind the
-       step's scale is only local. Many implementations never look at the KL. If no trial
-       passes, θ stays what it was, and the log says so (line_search_steps 0).
+       step's scale is only local. Many implementations never look at the KL. If no
+       trial passes, θ stays what it was, and the log says so (line_search_steps 0).
     Q: `backtrack_line_search(kl_hessian, x)`? [notes l.65]
-    A: It needs neither H nor a derivative, but the loss and δ, which the pseudocode does
-       not give it; and every trial re-runs the inner step, see `surrogate_and_kl`.
+    A: It needs neither H nor a derivative, but the loss and δ, which the pseudocode
+       does not give it; and every trial re-runs the inner step, see `surrogate_and_kl`.
     """
     for trial in range(trials):
         candidate = theta + ratio**trial * full_step
@@ -912,12 +936,14 @@ def kl_hessian_product(policy, theta: Tensor, task_data: Sequence[TaskData],
     def mean(function):
         return mean_over_tasks(function, task_data, config.workers)
 
-    def kl(data):
-        return lambda t: surrogate_and_kl(policy, t, data, *settings)[1]
+    def kl(data):                                  # k(θ) = K(θ′(θ)) of one task
+        return lambda t: mean_kl(adapted_distribution(
+            policy, t, data.inner, data.outer.obs, *settings), data)
 
     return {
         "finite-difference": lambda v: hessian_vector_product(
-            lambda t: mean(lambda data: gradient(kl(data), t)), theta, v, config.fd_step),
+            lambda t: mean(lambda data: gradient(kl(data), t)), theta, v,
+            config.fd_step),
         "double-backprop": lambda v: mean(
             lambda data: double_backprop_product(kl(data), theta, v)),
         "gauss-newton": lambda v: mean(
@@ -947,13 +973,13 @@ def trpo_meta_step(policy, theta: Tensor, task_data: Sequence[TaskData], config:
     hvp = kl_hessian_product(policy, theta, task_data, config)
     x, residual = conjugate_gradient(lambda v: hvp(v) + config.damping * v, g,
                                      config.cg_iterations, config.cg_tolerance)
-    xHx = float(x @ (g - residual))            # Hx = g − r: no further product is needed
+    xHx = float(x @ (g - residual))          # Hx = g − r: no further product needed
     stats.update(cg_residual=float(residual.norm() / g.norm().clamp(min=1e-30)),
                  seconds_cg=clock.lap())
 
     after, kl, trials = before, 0.0, 0
-    if 0 < xHx < math.inf:                     # otherwise the step is skipped and θ kept
-        full_step = -math.sqrt(2 * config.max_kl / xHx) * x     # ½ sᵀHs = δ [TRPO App.C]
+    if 0 < xHx < math.inf:                   # otherwise the step is skipped, θ kept
+        full_step = -step_scale(xHx, config.max_kl) * x
         theta, after, kl, trials = backtrack_line_search(
             evaluate, theta, full_step, before, config.max_kl, config.backtrack_ratio,
             config.backtrack_steps)
@@ -975,10 +1001,10 @@ def sample_task_data(policy, theta: Tensor, family: TaskFamily, task, config: Co
 
     theta_prime, inner = theta.detach(), []
     for step in range(config.inner_updates):
-        inner.append(sample(theta_prime, step))                                # l.5
-        theta_prime = adapt(policy, theta_prime, inner[-1:], config.alpha,     # l.6, l.7
+        inner.append(sample(theta_prime, step))                             # l.5
+        theta_prime = adapt(policy, theta_prime, inner[-1:], config.alpha,  # l.6, l.7
                             False, config.inner_loss).detach()
-    outer = sample(theta_prime, config.inner_updates)                          # l.8
+    outer = sample(theta_prime, config.inner_updates)                       # l.8
     return TaskData(inner, outer, policy.distribution(theta_prime, outer.obs))
 
 
@@ -1045,8 +1071,8 @@ def meta_iteration(policy, family: TaskFamily, state: TrainState, config: Config
 
 
 PROGRESS_COLUMNS = (
-    "iteration", "return_pre", "return_post", "surrogate_before", "surrogate_after", "kl",
-    "line_search_steps", "cg_residual", "std_mean", "seconds_sampling",
+    "iteration", "return_pre", "return_post", "surrogate_before", "surrogate_after",
+    "kl", "line_search_steps", "cg_residual", "std_mean", "seconds_sampling",
     "seconds_gradient", "seconds_cg", "seconds_line_search", "seconds_total")
 
 
@@ -1081,6 +1107,40 @@ def thread_pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 
+@contextmanager
+def process_group():
+    """Join the other processes that torchrun started; alone, do nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def first_rank() -> bool:
+    """Whether this process prints and writes: alone, or number 0 under torchrun."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def from_first_rank(function: Callable[[], Any]) -> Any:
+    """function() as process 0 computes it, on every process; its BadInput too."""
+    outcome = [None]
+    if first_rank():
+        try:
+            outcome = [(function(), None)]
+        except BadInput as error:
+            outcome = [(None, error)]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(outcome)
+    value, error = outcome[0]
+    if error:
+        raise error
+    return value
+
+
 def share_of_tasks(M: int) -> range:
     """The task numbers that this process works on: all, or under torchrun a share."""
     if not torch.distributed.is_initialized():
@@ -1110,7 +1170,7 @@ class Stopwatch:
 
 
 class Diverged(RuntimeError):
-    """Training produced numbers that cannot be used; the message says which and when."""
+    """Training produced numbers that are not finite; the message says which, when."""
 
 
 def check_finite(what: str, x: Tensor) -> None:
@@ -1125,7 +1185,7 @@ class TrainState:
     iteration: int                       # the next one
     theta: Tensor                        # (P,)
     rows: list[dict[str, float]]         # one an iteration: progress.csv
-    spread: list[list[float]]            # quartiles over tasks of return_pre, return_post
+    spread: list[list[float]]            # quartiles over tasks of both returns
     best_theta: Tensor                   # (P,) the θ whose return_post was highest …
     best_return: float                   # … and that return (the paper kept this one)
 
@@ -1152,21 +1212,256 @@ def check_setting(f: dataclasses.Field, value) -> None:
 
 
 def available_cores() -> int:
-    """Processors this process may run on."""
-    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1)
+    """Processors for this process: a share of them where torchrun starts several."""
+    cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+             else os.cpu_count() or 1)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-# %% Part II: task families
+# %% Part II: the paper's locomotion tasks (MAML §5.3)
 
 
-TASKS: dict[str, TaskFamily] = {
-    "point2d": TaskFamily("point2d", Point2D, sample_goals, paper_goals, horizon=100),
+@functools.lru_cache
+def load_model(xml: str):
+    """The mujoco module and a model that Gymnasium ships; BadInput if not installed."""
+    try:
+        import mujoco
+    except ImportError:
+        raise BadInput('this task needs MuJoCo, which is not installed: pip install '
+                       '"gymnasium[mujoco]"') from None
+    # MuJoCo would write its warnings to a file in the current folder. Two are known: a
+    # word of the cheetah's file is old; a state is not finite (`step` sees to that).
+    mujoco.set_mju_user_warning(lambda text: None)
+    model = mujoco.MjModel.from_xml_path(
+        str(Path(gym.__file__).parent / "envs" / "mujoco" / "assets" / xml))
+    model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
+    return mujoco, model
+
+
+class Locomotion(VectorEnv):
+    """K copies of one of Gymnasium's walkers, with an unseen task in the reward.
+
+    States, observations and, seed by seed, the noise of the first state are those of
+    Gymnasium's HalfCheetah-v5 and Ant-v5 to the last bit; a test compares them.
+    Rewards and the ends of episodes are those of the authors' code: see the subclasses.
+    Actions are clipped to [−1, 1] before the physics and before their cost.
+
+    Authors' code: rllab's bodies. A step of the cheetah is 0.01 s, of the ant 0.02 s.
+    Here:          Gymnasium's. A step is 5 × 0.01 s for both, so the 200 steps are 10 s
+                   and not 2 s or 4 s: compare returns in shape only. More in notes.md.
+
+    Every copy has its own MjData. `mujoco.rollout` would step all of them in one call
+    (its speed: see notes.md), but gives back neither the ant's contact forces nor the
+    solver's warm start, without which episodes drift away from Gymnasium's.
+    """
+    FRAME_SKIP, NOISE = 5, 0.1
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+    XML: str                        # a subclass says which model …
+    HIDDEN: int                     # … how many coordinates are not observed: x (y) …
+    x_of: Callable                  # … and where in an MjData the torso's x is: (1,)
+
+    def __init__(self, num_envs: int):
+        self._mujoco, self.model = load_model(self.XML)
+        self.dt = self.FRAME_SKIP * self.model.opt.timestep
+        self.copies = [self._mujoco.MjData(self.model) for _ in range(num_envs)]
+        # Views into MuJoCo's memory, made once
+        self._state = [view for d in self.copies for view in (d.qpos, d.qvel)]
+        self._x = [self.x_of(d) for d in self.copies]
+        self._forces = [d.cfrc_ext.ravel() for d in self.copies]
+        self.num_envs, box = num_envs, gym.spaces.Box
+        self.single_observation_space = box(-np.inf, np.inf, self.observe().shape[1:],
+                                            np.float64)
+        self.single_action_space = box(-1.0, 1.0, (self.model.nu,), np.float32)
+        self.observation_space, self.action_space = (
+            gym.vector.utils.batch_space(space, num_envs)
+            for space in (self.single_observation_space, self.single_action_space))
+        self.task = np.zeros(1)
+        self._rngs: list = [None] * num_envs
+        self._ended = np.zeros(num_envs, bool)
+
+    def read(self, views: list[np.ndarray]) -> np.ndarray:
+        """Numbers of all copies: (K, n)."""
+        return np.concatenate(views).reshape(len(self.copies), -1)
+
+    def observe(self) -> np.ndarray:
+        return self.read(self._state)[:, self.HIDDEN:]
+
+    def reset(self, *, seed=None, options=None):
+        """All copies to the start; `options={"task": (v*,)}` or `(±1,)` sets the task.
+
+        `seed`: a number for each copy, from which its noise is drawn; s: s, s+1, ….
+        """
+        if options and "task" in options:
+            task = np.asarray(options["task"], float)
+            if task.shape != (1,) or not np.isfinite(task).all():
+                raise BadInput(f"{type(self).__name__}: a task is one number in a row, "
+                               f"not {task}")
+            self.task = task
+        if seed is None or isinstance(seed, (int, np.integer)):
+            seed = [None if seed is None else seed + k for k in range(self.num_envs)]
+        for k, s in enumerate(seed):
+            if s is not None or self._rngs[k] is None:
+                self._rngs[k], _ = gym.utils.seeding.np_random(s)
+            self._start(k)
+        self._ended = np.zeros(self.num_envs, bool)
+        return self.observe(), {}
+
+    def _start(self, k: int) -> None:
+        d, rng = self.copies[k], self._rngs[k]
+        self._mujoco.mj_resetData(self.model, d)
+        d.qpos += rng.uniform(-self.NOISE, self.NOISE, self.model.nq)
+        d.qvel += self.NOISE * rng.standard_normal(self.model.nv)
+        self._mujoco.mj_forward(self.model, d)
+
+    def step(self, actions):
+        actions = np.minimum(np.maximum(np.asarray(actions, float), -1.0), 1.0)
+        x, ended = self.read(self._x), self._ended
+        for k, d in enumerate(self.copies):
+            if ended[k]:                 # Gymnasium's next-step autoreset: a copy that
+                self._start(k)           # ended starts anew, its action ignored
+            else:
+                d.ctrl = actions[k]
+                self.advance(d)
+        velocity = (self.read(self._x) - x)[:, 0] / self.dt                    # (K,)
+        state, obs = self.read(self._state), self.observe()
+        finite = np.isfinite(state).all(1)
+        obs[~finite] = 0.0
+        reward = np.where(finite & ~ended, self.reward(velocity, actions), 0.0)
+        self._ended = ~(finite & self.healthy(state)) & ~ended
+        return obs, reward, self._ended.copy(), np.zeros(self.num_envs, bool), {}
+
+    def advance(self, d) -> None:
+        self._mujoco.mj_step(self.model, d, self.FRAME_SKIP)
+
+    def healthy(self, state: np.ndarray) -> np.ndarray | bool:
+        return True
+
+
+class HalfCheetahVel(Locomotion):
+    """Run at speed v*: r = −|v − v*| − 0.05·Σa² [maml_rl half_cheetah_env_rand.py]."""
+    XML, HIDDEN = "half_cheetah.xml", 1
+    x_of = staticmethod(lambda d: d.qpos[:1])
+
+    def gain(self, velocity: np.ndarray) -> np.ndarray:
+        return -np.abs(velocity - self.task[0])
+
+    def reward(self, velocity: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        return self.gain(velocity) - 0.05 * (actions ** 2).sum(1)
+
+
+class HalfCheetahDir(HalfCheetahVel):
+    """Run forward (1) or backward (−1): r = ±v − 0.05·Σa²."""
+
+    def gain(self, velocity):
+        return self.task[0] * velocity
+
+
+class AntVel(Locomotion):
+    """Walk along x at speed v* [maml_rl ant_env_rand.py], while 0.2 ≤ height ≤ 1:
+
+    r = 1 − |v − v*| + 0.05 − 0.005·Σa² − 0.0005·Σ clip(contact forces, ±1)²
+
+    Paper: a bonus each step, so that ending the episode does not pay. Its size, 1, is
+    from the authors' code.
+    """
+    XML, HIDDEN = "ant.xml", 2
+    x_of = staticmethod(lambda d: d.body("torso").xpos[:1])
+
+    def gain(self, velocity: np.ndarray) -> np.ndarray:
+        return 1.0 - np.abs(velocity - self.task[0])
+
+    def reward(self, velocity, actions):
+        return (self.gain(velocity) + 0.05 - 0.005 * (actions ** 2).sum(1)
+                - 0.0005 * (self.contacts() ** 2).sum(1))
+
+    def contacts(self) -> np.ndarray:
+        """Six numbers a body, the first body being the world: (K, 84)."""
+        return np.clip(self.read(self._forces), -1.0, 1.0)
+
+    def observe(self):
+        return np.concatenate([super().observe(), self.contacts()[:, 6:]], 1)
+
+    def advance(self, d):
+        super().advance(d)
+        self._mujoco.mj_rnePostConstraint(self.model, d)           # the contact forces
+
+    def healthy(self, state):
+        return (0.2 <= state[:, 2]) & (state[:, 2] <= 1.0)
+
+
+class AntDir(AntVel):
+    """Walk forward (1) or backward (−1): AntVel with ±v in place of 1 − |v − v*|."""
+
+    def gain(self, velocity):
+        return self.task[0] * velocity
+
+
+class TaskObserved(gym.vector.VectorObservationWrapper):
+    """For the oracle: the task's numbers stand at the end of every observation."""
+
+    def __init__(self, envs: VectorEnv, task_size: int):
+        super().__init__(envs)
+        old = envs.single_observation_space
+        self.single_observation_space = gym.spaces.Box(
+            -np.inf, np.inf, (old.shape[0] + task_size,), old.dtype)
+        self.observation_space = gym.vector.utils.batch_space(
+            self.single_observation_space, envs.num_envs)
+        self.task = np.zeros(task_size)
+
+    def reset(self, *, seed=None, options=None):
+        self.task = np.asarray((options or {}).get("task", self.task), float)
+        return super().reset(seed=seed, options=options)
+
+    def observations(self, obs: np.ndarray) -> np.ndarray:
+        task = np.broadcast_to(self.task, (len(obs), len(self.task)))
+        return np.concatenate([obs, task], axis=1, dtype=obs.dtype)
+
+
+@functools.lru_cache
+def with_task_observed(family: TaskFamily) -> TaskFamily:
+    """The same tasks for `--method oracle`: the policy is told which one it is in."""
+    task_size = np.shape(family.test_tasks(1))[1]
+    return dataclasses.replace(
+        family, make_envs=lambda K: TaskObserved(family.make_envs(K), task_size),
+        _cache=threading.local())
+
+
+def walkers(name: str, make_envs, highest: float | None = None) -> TaskFamily:
+    """v* ~ U[0, highest], held-out ones from a fixed seed; or one of two directions,
+    which alternate at evaluation: nothing can be held out."""
+    if highest:
+        return TaskFamily(
+            name, make_envs, lambda rng, M: rng.uniform(0, highest, (M, 1)),
+            lambda n: np.random.RandomState(1).uniform(0, highest, (n, 1)), 200, True)
+    return TaskFamily(name, make_envs, lambda rng, M: rng.choice([-1.0, 1.0], (M, 1)),
+                      lambda n: np.resize([1.0, -1.0], (n, 1)), 200, True)
+
+
+TASKS: dict[str, TaskFamily] = {family.name: family for family in (
+    TaskFamily("point2d", Point2D, sample_goals, paper_goals, horizon=100),
+    walkers("cheetah-vel", HalfCheetahVel, highest=2.0),
+    walkers("cheetah-dir", HalfCheetahDir),
+    walkers("ant-vel", AntVel, highest=3.0),
+    walkers("ant-dir", AntDir),
+)}
+
+FIGURE_RUN = "the authors' run behind the paper's figure"
+LOCOMOTION = dict(
+    iterations=(475, FIGURE_RUN + ", with 10 rollouts; the paper allows up to 500"),
+    meta_batch_size=(40, "paper"), rollouts=(20, "paper"), horizon=(200, "paper"),
+    alpha=(0.1, "paper"), init_std=(1.0, "authors' code"),
+    max_kl=(0.01, "authors' code; the paper does not state it"))
+PRESETS |= {
+    "cheetah-vel": LOCOMOTION,
+    "cheetah-dir": LOCOMOTION | dict(iterations=(100, FIGURE_RUN),
+                                     max_kl=(0.02, FIGURE_RUN)),
+    "ant-vel": LOCOMOTION | dict(iterations=(375, FIGURE_RUN)),
+    "ant-dir": LOCOMOTION | dict(iterations=(575, FIGURE_RUN), rollouts=(40, "paper")),
 }
 
 
 def family_of(config: Config) -> TaskFamily:
-    """The task family a run uses: TASKS[task], for the oracle with the task observed."""
+    """The family a run uses: TASKS[task]; for the oracle with the task observed."""
     family = TASKS[config.task]
     return with_task_observed(family) if config.method == "oracle" else family
 
@@ -1188,9 +1483,9 @@ def make_policy(family: TaskFamily, config: Config) -> GaussianPolicy:
 
 def adaptation_returns(policy, theta: Tensor, family: TaskFamily, tasks: Sequence,
                        steps: int = 3, episodes: int = 40, alpha: float = 0.1, *,
-                       horizon: int | None = None, gamma: float = 0.99, lam: float = 1.0,
-                       estimator: str = "log-prob", seed: int = 0, workers: int = 1,
-                       ) -> np.ndarray:
+                       horizon: int | None = None, gamma: float = 0.99,
+                       lam: float = 1.0, estimator: str = "log-prob", seed: int = 0,
+                       workers: int = 1) -> np.ndarray:
     """Mean return of held-out tasks before and after each step: (tasks, steps + 1).
 
     α for the first step and α/2 for the later ones, as in the paper; `episodes` fresh
@@ -1219,16 +1514,16 @@ def adaptation_returns(policy, theta: Tensor, family: TaskFamily, tasks: Sequenc
             phi = adapt(policy, phi, [data], alpha if step == 0 else alpha / 2, False,
                         estimator).detach()
         return out
-    return gather_over_tasks(map_over_tasks(row, mine, workers if family.threads else 1),
-                             mine, len(tasks))
+    workers = workers if family.threads else 1
+    return gather_over_tasks(map_over_tasks(row, mine, workers), mine, len(tasks))
 
 
 EVALUATION = 2**31      # stands in place of the iteration in the seeds of evaluation
 
 
-# The rows of the paper's figures: mean over its 40 test tasks, from the result files that
-# its repository ships, after 0, 1, 2, 3 gradient steps. Locomotion: other simulator, so
-# comparable in shape, not number by number.
+# The rows of the paper's figures: mean over its 40 test tasks, from the result files
+# that its repository ships, after 0, 1, 2, 3 gradient steps. Locomotion: another
+# simulator, so comparable in shape, not number by number.
 PAPER: dict[str, dict[str, tuple[float, ...]]] = {
     "point2d": {"maml": (-40.41, -11.68, -3.33, -3.23),
                 "pretrained": (-40.81, -19.73, -11.72, -8.47),
@@ -1238,7 +1533,8 @@ PAPER: dict[str, dict[str, tuple[float, ...]]] = {
                     "random": (-35.73, 21.83, 62.32, 86.18), "oracle": (442.69,)},
     "cheetah-vel": {"maml": (-129.53, -78.57, -66.62, -60.78),
                     "pretrained": (-158.00, -135.39, -128.47, -133.61),
-                    "random": (-254.83, -254.33, -246.79, -230.83), "oracle": (-54.47,)},
+                    "random": (-254.83, -254.33, -246.79, -230.83),
+                    "oracle": (-54.47,)},
     "ant-vel": {"maml": (30.58, 96.74, 100.06, 101.41),
                 "pretrained": (-1.83, 6.11, 8.47, 9.47),
                 "random": (-78.64, -62.81, -48.55, -35.56), "oracle": (107.89,)},
@@ -1267,7 +1563,7 @@ FORMAT, VERSION = "maml_trpo checkpoint", 1
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` a file beside `path`, then rename it: a reader sees the old or the new."""
+    """`write` a file beside `path`, then rename it: readers see the old or the new."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(beside)
@@ -1286,7 +1582,7 @@ def save_checkpoint(path: Path, config: Config, state: TrainState) -> None:
 
 
 def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
-    """Read a checkpoint; raises BadInput, and leaves the file as it is, if it is none."""
+    """Read a checkpoint; if it is none, raise BadInput and leave the file as it is."""
     def refuse(why):
         raise BadInput(f"{path}: {why}; it was left as it is") from None
     try:
@@ -1342,8 +1638,8 @@ def read_evaluation(folder: Path, task: str) -> tuple[str, np.ndarray]:
             table[int(row["task"]), int(row["step"])] = float(row["return"])
         method = rows[0]["method"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        raise BadInput(f"--compare {folder}: no finished run there (it needs config.json "
-                       f"and evaluation.csv)") from None
+        raise BadInput(f"--compare {folder}: no finished run there (it needs "
+                       f"config.json and evaluation.csv)") from None
     if other != task:
         raise BadInput(f"--compare {folder}: a run of {other}, not of {task}")
     return method, table
@@ -1420,7 +1716,7 @@ def draw_adaptation(path: Path, config: Config,
     figure.savefig(path)
 
 
-def draw_trajectories(path: Path, config: Config, theta: Tensor, goals: int = 4) -> None:
+def draw_trajectories(path: Path, config: Config, theta: Tensor, goals: int = 4):
     """Paths in the plane before and after 1-3 steps, as the paper's Figure 4."""
     family = family_of(config)
     policy = make_policy(family, config)
@@ -1435,13 +1731,15 @@ def draw_trajectories(path: Path, config: Config, theta: Tensor, goals: int = 4)
             length = int(data.mask[0].sum())
             ax.plot(*data.obs[0, :length].T, linewidth=1.2, alpha=0.9,
                     color=f"C{step}", label=f"{step} steps" if step != 1 else "1 step")
-            phi = adapt(policy, phi, [data], config.eval_alpha / (1 if step == 0 else 2),
-                        False, config.inner_loss).detach()
+            alpha = config.eval_alpha if step == 0 else config.eval_alpha / 2
+            phi = adapt(policy, phi, [data], alpha, False, config.inner_loss).detach()
         ax.plot(*goal, "k*", markersize=11, label="goal")
         ax.plot(0, 0, "ko", markersize=4)
-        ax.set(aspect="equal", xlabel="x", title=f"goal ({goal[0]:.2f}, {goal[1]:.2f})")
+        ax.set(aspect="equal", xlabel="x", title=f"goal ({goal[0]:.2f}, {goal[1]:.2f})",
+               xlim=(-0.65, 0.65), ylim=(-0.65, 0.65))
     axes[0].set_ylabel("y")
-    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[-1].legend(frameon=False, fontsize=8, loc="center left",
+                    bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
 
 
@@ -1452,8 +1750,9 @@ def method_of(label: str) -> str:
 
 def standard_error(table: np.ndarray) -> np.ndarray:
     """Of the mean over tasks: (tasks, n) → (n,); 0 for a single task."""
-    n = len(table)
-    return table.std(axis=0, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(table.shape[1])
+    if len(table) == 1:
+        return np.zeros(table.shape[1])
+    return table.std(axis=0, ddof=1) / math.sqrt(len(table))
 
 
 def comparison_table(config: Config, tables: Sequence[tuple[str, np.ndarray]]) -> str:
@@ -1481,8 +1780,8 @@ def comparison_table(config: Config, tables: Sequence[tuple[str, np.ndarray]]) -
 
 RUN_FILES = ("config.json", "checkpoint.pt", "progress.csv", "evaluation.csv",
              "learning.png", "adaptation.png", "trajectories.png")
-EVALUATION_FLAGS = ("eval_tasks", "eval_episodes", "eval_steps", "eval_alpha", "workers",
-                    "seed")
+EVALUATION_FLAGS = ("eval_tasks", "eval_episodes", "eval_steps", "eval_alpha",
+                    "workers", "seed")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1512,8 +1811,8 @@ def build_parser() -> Parser:
         lines += [f"{task}: {preset[f.name][0]} ({preset[f.name][1]})"
                   for task, preset in PRESETS.items() if f.name in preset]
         kind = dict(action="store_true") if f.type == "bool" else dict(
-            type={"int": int, "float": float, "str": str, "tuple": whole_numbers}[f.type],
-            metavar={"int": "N", "float": "X", "str": "NAME", "tuple": "N,N"}[f.type])
+            type=dict(int=int, float=float, str=str, tuple=whole_numbers)[f.type],
+            metavar=dict(int="N", float="X", str="NAME", tuple="N,N")[f.type])
         parser.add_argument(flag, default=argparse.SUPPRESS, **kind,
                             help="\n".join(lines).replace("%", "%%"))
     add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
@@ -1529,7 +1828,9 @@ def build_parser() -> Parser:
 
 
 def say(*text: str) -> None:
-    """Print; when nobody reads any more (`| head`), go on in silence."""
+    """Print, on one process; when nobody reads any more (`| head`), go on silently."""
+    if not first_rank():
+        return
     try:
         print(*text, flush=True)
     except (BrokenPipeError, ValueError):
@@ -1575,8 +1876,8 @@ def resumed(folder: Path, given: dict) -> tuple[Config, TrainState | None]:
         if name == "iterations" and value >= (state.iteration if state else 0):
             continue
         if name != "workers" and value != old:
-            raise BadInput(f"--resume: the run in {folder} has {name} {old}, not {value}: "
-                           f"only a larger --iterations can be changed")
+            raise BadInput(f"--resume: the run in {folder} has {name} {old}, not "
+                           f"{value}: only a larger --iterations can be changed")
     allowed = {name: given[name] for name in ("iterations", "workers") if name in given}
     return dataclasses.replace(config, **allowed), state
 
@@ -1599,37 +1900,38 @@ def progress_line(row: dict[str, float], iterations: int, recent: float) -> str:
     left = (iterations - 1 - row["iteration"]) * recent
     search = f"{row['line_search_steps']:6d}" if row["line_search_steps"] else "  none"
     return (f"{row['iteration'] + 1:6d}  {row['return_pre']:12.2f} → "
-            f"{row['return_post']:8.2f}  {row['surrogate_after']:10.5f} {row['kl']:7.4f}"
-            f"  {search} {row['cg_residual']:8.3f} {row['std_mean']:6.3f} "
-            f"{row['seconds_total']:7.2f}  {left / 60:3.0f}m{left % 60:02.0f}s")
+            f"{row['return_post']:8.2f}  {row['surrogate_after']:10.5f} "
+            f"{row['kl']:7.4f}  {search} {row['cg_residual']:8.3f} "
+            f"{row['std_mean']:6.3f} {row['seconds_total']:7.2f}  "
+            f"{left / 60:3.0f}m{left % 60:02.0f}s")
 
 
-def train_in_folder(config: Config, folder: Path, state: TrainState | None) -> TrainState:
+def train_in_folder(config: Config, folder: Path, state: TrainState) -> TrainState:
     """Train, with a checkpoint, a CSV row and a printed line after every iteration."""
-    policy = make_policy(family_of(config), config)
-    state = state or TrainState.initial(policy, config)
-    save_checkpoint(folder / "checkpoint.pt", config, state)
-    write_atomically(folder / "config.json", lambda beside: beside.write_text(
-        json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8"))
-    write_csv(folder / "progress.csv", PROGRESS_COLUMNS,
-              [row.values() for row in state.rows])
     latest = [state]
 
     def after_iteration(state: TrainState) -> None:
-        row = state.rows[-1]
-        with open(folder / "progress.csv", "a", newline="", encoding="utf-8") as f:
-            csv.writer(f).writerow(row.values())
-        save_checkpoint(folder / "checkpoint.pt", config, state)
         latest[0] = state
-        recent = np.median([r["seconds_total"] for r in state.rows[-10:]])
-        say(progress_line(row, config.iterations, recent))
+        if first_rank():
+            row = state.rows[-1]
+            with open(folder / "progress.csv", "a", newline="", encoding="utf-8") as f:
+                csv.writer(f).writerow(row.values())
+            save_checkpoint(folder / "checkpoint.pt", config, state)
+            recent = np.median([r["seconds_total"] for r in state.rows[-10:]])
+            say(progress_line(row, config.iterations, recent))
 
+    if first_rank():
+        save_checkpoint(folder / "checkpoint.pt", config, state)
+        write_atomically(folder / "config.json", lambda beside: beside.write_text(
+            json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8"))
+        write_csv(folder / "progress.csv", PROGRESS_COLUMNS,
+                  [row.values() for row in state.rows])
     if state.iteration < config.iterations:
         say(PROGRESS_HEADER)
     try:
         train_maml(config, start=state, after_iteration=after_iteration)
     except KeyboardInterrupt:
-        if latest[0].rows:
+        if latest[0].rows and first_rank():
             draw_learning_curve(folder / "learning.png", config, latest[0])
         say(f"Interrupted after iteration {latest[0].iteration}. Go on with: python "
             f"maml_trpo.py --task {config.task} --out {folder} --resume")
@@ -1640,14 +1942,16 @@ def train_in_folder(config: Config, folder: Path, state: TrainState | None) -> T
 def report(config: Config, folder: Path, state: TrainState,
            compare: Sequence[Path]) -> None:
     """Evaluate the last θ; write evaluation.csv and the figures; print the table."""
-    others = [read_evaluation(other, config.task) for other in compare]
     say(f"Evaluating the last θ on {config.eval_tasks} held-out tasks, "
         f"{config.eval_episodes} episodes after each step …")
     table = evaluate(config, state.theta)
+    if not first_rank():
+        return
     write_evaluation(folder / "evaluation.csv", config.method, table)
-    tables = [(config.method + ", last θ", table),
-              *((f"{method}, {other.name}", rows)
-                for other, (method, rows) in zip(compare, others))]
+    tables = [(f"{config.method}, last θ", table)]
+    for other in compare:
+        method, rows = read_evaluation(other, config.task)
+        tables.append((f"{method}, {other.name}", rows))
     if state.rows:
         draw_learning_curve(folder / "learning.png", config, state)
     draw_adaptation(folder / "adaptation.png", config, tables)
@@ -1657,53 +1961,62 @@ def report(config: Config, folder: Path, state: TrainState,
         + comparison_table(config, tables))
 
 
-def run(options: dict[str, Any]) -> int:
-    """Carry out a parsed command line."""
+def prepare(options: dict[str, Any]) -> tuple[Config, Path, TrainState]:
+    """Settings, folder and first state of what a command line asks for."""
     names = {f.name for f in dataclasses.fields(Config)}
     given = {name: value for name, value in options.items() if name in names}
-    compare = options.get("compare", [])
+    resume, folder = options.get("resume", False), options.get("out")
     if "evaluate" in options:
-        for name in sorted(set(options) - {*EVALUATION_FLAGS, "evaluate", "out",
-                                           "compare", "task"}):
+        allowed = {*EVALUATION_FLAGS, "evaluate", "out", "compare", "task"}
+        for name in sorted(set(options) - allowed):
             raise BadInput(f"--evaluate takes {name} from the file: leave it out")
         config, state = load_checkpoint(options["evaluate"])
         if given.get("task", config.task) != config.task:
             raise BadInput(f"{options['evaluate']} is of {config.task}, not of "
                            f"{given['task']}")
         config = dataclasses.replace(config, **given)
-        folder = options.get("out") or next_free(f"{config.task}-{config.method}-evaluated")
-        make_folder(folder, resume=False)
-        started = time.perf_counter()
+        folder = folder or next_free(f"{config.task}-{config.method}-evaluated")
     else:
         config, state = Config(**given), None
         name = f"{config.task}-{config.method}-seed{config.seed}"
-        resume = options.get("resume", False)
-        folder = options.get("out") or (Path("runs") / name if resume else next_free(name))
+        folder = folder or (Path("runs") / name if resume else next_free(name))
         if resume:
             config, state = resumed(folder, given)
-        if "init" in options and state is None:
-            state = start_from(options["init"], config)
-        for other in compare:
-            read_evaluation(other, config.task)
-        make_folder(folder, resume)
+        if state is None:
+            state = TrainState.initial(make_policy(family_of(config), config), config)
+            if "init" in options:
+                state = start_from(options["init"], state)
+    if torch.distributed.is_initialized() and (
+            config.meta_batch_size < torch.distributed.get_world_size()):
+        raise BadInput(f"meta_batch_size {config.meta_batch_size} is less than the "
+                       f"number of processes: start fewer")
+    for other in options.get("compare", []):
+        read_evaluation(other, config.task)
+    make_folder(folder, resume)
+    return config, folder, state
+
+
+def run(options: dict[str, Any]) -> int:
+    """Carry out a parsed command line."""
+    started = time.perf_counter()
+    config, folder, state = from_first_rank(lambda: prepare(options))
+    if "evaluate" not in options:
         say(f"{config.task}, {config.method}, seed {config.seed}: {config.iterations} "
             f"meta-iterations of {config.meta_batch_size} tasks × {config.rollouts} "
             f"episodes × {config.horizon} steps, twice; {config.workers} workers; "
             f"writes to {folder}")
-        started = time.perf_counter()
         state = train_in_folder(config, folder, state)
-    report(config, folder, state, compare)
+    report(config, folder, state, options.get("compare", []))
     say(f"\nDone in {time.perf_counter() - started:.0f} s. Files: {folder}")
     return 0
 
 
-def start_from(path: Path, config: Config) -> TrainState:
+def start_from(path: Path, start: TrainState) -> TrainState:
     """The state before the first iteration, with the θ that another run ended on."""
     _, other = load_checkpoint(path)
-    start = TrainState.initial(make_policy(family_of(config), config), config)
     if other.theta.shape != start.theta.shape:
-        raise BadInput(f"--init {path}: its θ has {len(other.theta)} numbers, this run's "
-                       f"policy {len(start.theta)}")
+        raise BadInput(f"--init {path}: its θ has {len(other.theta)} numbers, this "
+                       f"run's policy {len(start.theta)}")
     return dataclasses.replace(start, theta=other.theta, best_theta=other.theta)
 
 
@@ -1712,16 +2025,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):      # a terminal that cannot show θ gets ?
             stream.reconfigure(errors="replace")
+
+    def fail(status: int, message: object) -> int:
+        if os.environ.get("RANK", "0") == "0" or status == 1:
+            print(f"maml_trpo.py: {message}", file=sys.stderr)
+        return status
+
     try:
-        return run(vars(build_parser().parse_args(argv)))
+        options = vars(build_parser().parse_args(argv))
+        with process_group():
+            return run(options)
     except SystemExit as stop:                  # --help
         return int(stop.code or 0)
     except BadInput as error:
-        print(f"maml_trpo.py: {error}", file=sys.stderr)
-        return 2
+        return fail(2, error)
     except (Diverged, OSError) as error:
-        print(f"maml_trpo.py: {error}", file=sys.stderr)
-        return 1
+        return fail(1, error)
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        return fail(1, f"another process of this run ended ({str(error)[:80]}); the "
+                       f"last checkpoint is intact, go on with --resume")
     except KeyboardInterrupt:
         return 130
 

@@ -9,22 +9,33 @@ torch.distributions, dense solves, central finite differences in float64. Sizes 
 pairwise different, so that a wrong axis cannot hide; inputs are random and seeded.
 """
 import ast
+import copy
 import csv
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
+import random
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch.distributions import Independent, Normal, kl_divergence
 
 import maml_trpo as mt
 
@@ -100,6 +111,9 @@ def test_config_fills_presets_and_keeps_what_is_given():
     config = mt.Config(task="point2d", alpha=0.05)
     assert (config.alpha, config.eval_alpha, config.horizon) == (0.05, 0.05, 100)
     assert config.rollouts == 20 and config.meta_batch_size == 20
+    assert mt.Config(task="point2d").eval_alpha == 0.21
+    assert mt.Config(task="cheetah-dir").eval_alpha == 0.1
+    assert mt.Config(alpha=0.3, eval_alpha=0.4).eval_alpha == 0.4
 
 
 @pytest.mark.parametrize("name, value", [
@@ -955,6 +969,2140 @@ def test_map_has_exactly_one_row_for_every_line_and_names_existing_functions():
                 target = getattr(target, part)
 
 
+def test_tests_named_in_notes_and_docstrings_exist():
+    names = {name for name in globals() if name.startswith("test_")}
+    for file in ("notes.md", "maml_trpo.py", "README.md"):
+        text = (HERE / file).read_text(encoding="utf-8")
+        named = set(re.findall(r"\btest_\w+", text)) - {"test_maml_trpo", "test_tasks"}
+        assert named <= names, f"{file}: {sorted(named - names)}"
+        assert file != "notes.md" or len(named) > 30
+
+
+TAG = re.compile(r"\[((?:MAML|TRPO|GAE|SpinUp|maml_rl|notes)\b[^\]…]*)\]")
+
+
+def test_source_tags_of_the_code_and_of_the_notes_index_are_the_same():
+    code = (HERE / "maml_trpo.py").read_text(encoding="utf-8")
+    index = (HERE / "notes.md").read_text(encoding="utf-8").split("Sources and tags\n")[1]
+    in_code = {" ".join(tag.split()) for tag in TAG.findall(code)}
+    in_notes = set(TAG.findall(index)) - {"notes l.N"}
+    assert in_code - in_notes == set(), "used in the file, not in the notes' index"
+    assert in_notes - in_code == set(), "in the notes' index, not used in the file"
+
+
+QUESTIONS = {       # the function in whose docstring each of the readers' questions stands
+    1: "kl_old_new surrogate_and_kl", 2: "adapt", 3: "adaptation_returns", 4: "",
+    5: "adapt", 6: "backtrack_line_search",
+    7: "conjugate_gradient hessian_vector_product", 8: "surrogate_and_kl",
+    9: "adaptation_returns", 10: "LinearBaseline", 11: "inner_loss", 12: "kl_old_new",
+    13: "inner_loss", 14: "TaskFamily", 15: ""}
+
+
+@pytest.mark.parametrize("number", QUESTIONS)
+def test_readers_question_is_answered_where_it_belongs(number):
+    for name in QUESTIONS[number].split() or [None]:
+        doc = getattr(mt, name).__doc__ if name else mt.__doc__
+        asked = re.search(rf"^ *Q: .*?\(Q{number}\)\n *A: \S", doc,
+                          re.MULTILINE | re.DOTALL)
+        assert asked, f"Q{number} is not answered in {name or 'the header'}"
+
+
+def test_own_environment_of_the_notes_runs():
+    """The example as it stands, with two iterations in place of twenty."""
+    section = (HERE / "notes.md").read_text(encoding="utf-8").split(
+        "Your own environment\n")[1]
+    example = section.split("```python\n")[1].split("```")[0]
+    assert "iterations=20" in example and len(example.splitlines()) <= 24
+    scope: dict = {}
+    exec(example.replace("iterations=20", "iterations=2"), scope)
+    assert len(scope["rows"]) == 2 and torch.isfinite(scope["theta"]).all()
+
+
+def test_every_public_function_has_a_docstring_and_lines_are_at_most_88_wide():
+    source = (HERE / "maml_trpo.py").read_text(encoding="utf-8")
+    assert max(len(line) for line in source.splitlines()) <= 88
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            assert node.name.startswith("_") or ast.get_docstring(node), node.name
+
+
+# %% Many machines: real processes, gloo on the loopback address
+
+RANKS_SCRIPT = """
+import dataclasses, os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import maml_trpo as mt
+dtype = getattr(torch, sys.argv[2])
+config = mt.Config(iterations=3, meta_batch_size=5, rollouts=4, horizon=9, hidden=(8, 6),
+                   cg_iterations=4, workers=1, hvp=sys.argv[4])
+with mt.process_group():
+    policy = mt.make_policy(mt.family_of(config), config)
+    start = mt.TrainState.initial(policy, config)
+    start = dataclasses.replace(start, theta=start.theta.to(dtype))
+    theta, rows = mt.train_maml(config, start=start)
+    table = mt.adaptation_returns(policy, theta, mt.family_of(config), mt.paper_goals(4),
+                                  1, 3, 0.1, horizon=9)
+    if mt.first_rank():
+        torch.save((theta, [r["return_post"] for r in rows], table.tolist()), sys.argv[3])
+"""
+
+
+def run_ranks(tmp_path, ranks, dtype, hvp="gauss-newton"):
+    script, out = tmp_path / "script.py", tmp_path / f"{ranks}-{dtype}.pt"
+    script.write_text(RANKS_SCRIPT)
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}", str(script), str(HERE),
+         dtype, str(out), hvp], check=True, capture_output=True, timeout=100,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return torch.load(out)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-2)])
+def test_ranks_compute_the_same_run(tmp_path, dtype, tolerance):
+    """1, 2 and 3 processes: five tasks do not divide evenly."""
+    alone = run_ranks(tmp_path, 1, dtype)
+    for ranks in (2, 3) if dtype == "float64" else (2,):
+        for a, b in zip(alone, run_ranks(tmp_path, ranks, dtype)):
+            a, b = torch.as_tensor(a), torch.as_tensor(b)
+            assert (a - b).norm() <= tolerance * a.norm()
+
+
+# %% An MDP small enough to enumerate: expectations without sampling
+#
+# Every expectation below is a finite sum, over all trajectories or over all sets D of K
+# trajectories. True gradients are central differences of `MdpTiny.value`, which
+# knows no trajectory, no log π and no autograd.
+
+
+class MdpTiny:
+    """S states, A actions, H steps: start (S,), move (S, A, S), reward (S, A)."""
+
+    def __init__(self, start, move, reward, H):
+        self.start, self.move, self.reward = map(torch.as_tensor, (start, move, reward))
+        (self.S, self.A), self.H = self.reward.shape, H
+        self.P = self.S * self.A
+        # All paths: states and actions (N, H), and the dynamics' part of p(τ), (N,).
+        pairs = torch.cartesian_prod(*[torch.arange(self.P)] * H).reshape(-1, H)
+        states, actions = pairs // self.A, pairs % self.A
+        luck = self.start[states[:, 0]] * self.move[
+            states[:, :-1], actions[:, :-1], states[:, 1:]].prod(1)
+        self.states, self.actions, self.luck = (
+            x[luck > 0] for x in (states, actions, luck))
+        self.N = len(self.luck)
+
+    def probability(self, theta):
+        """p_θ(τ) of each path: (N,)."""
+        pi = theta.view(self.S, self.A).softmax(-1)
+        return self.luck * pi[self.states, self.actions].prod(1)
+
+    def value(self, theta, gamma=1.0):
+        """E[Σ_t γᵗ r_t]/H from the visits of each state: theta (..., P) → (...).
+
+        theta (..., H·P) is a policy with parameters of its own for each step.
+        """
+        pi = theta.unflatten(-1, (-1, self.S, self.A)).softmax(-1)
+        pi = pi.expand(*pi.shape[:-3], self.H, self.S, self.A)
+        visits, total = self.start, 0.0
+        for t in range(self.H):
+            joint = visits[..., None] * pi[..., t, :, :]
+            total = total + gamma**t * (joint * self.reward).sum((-1, -2))
+            visits = torch.einsum("...sa,san->...n", joint, self.move)
+        return total / self.H
+
+    def data(self, paths=None, weight=None):
+        """`paths` (n,), default all, as n episodes; rewards times `weight` (n,)."""
+        paths = torch.arange(self.N) if paths is None else paths
+        states, actions = self.states[paths], self.actions[paths]
+        rew = self.reward[states, actions]
+        if weight is not None:
+            rew = rew * weight[:, None]
+        obs = torch.nn.functional.one_hot(states, self.S).double()
+        return mt.Trajectories(obs, actions, rew, torch.ones_like(rew))
+
+    def weighted(self, theta):
+        """All paths, rewards times N·p_θ(τ): a mean over these N is an expectation."""
+        return self.data(weight=self.N * self.probability(theta))
+
+    def sets(self, K):
+        """Every D of K paths: which (D, K), and in how many orders each is drawn."""
+        paths = list(itertools.combinations_with_replacement(range(self.N), K))
+        orders = [math.factorial(K) / math.prod(
+            math.factorial(D.count(n)) for n in set(D)) for D in paths]
+        return torch.tensor(paths), torch.tensor(orders, dtype=torch.float64)
+
+
+class MdpPolicy:
+    """Tabular softmax π_θ(a|s) ∝ exp θ[s, a]; obs one-hot (n, H, S), act (n, H).
+
+    With D copies, θ (D·P,) is D policies side by side, each for n/D of the episodes.
+    """
+
+    def __init__(self, mdp, copies=1):
+        self.shape = copies, 1, mdp.S, mdp.A
+
+    def distribution(self, theta, obs):
+        D, _, S, A = self.shape
+        logits = obs.reshape(D, -1, obs.shape[-2], S) @ theta.view(self.shape)
+        return torch.distributions.Categorical(
+            logits=logits.reshape(*obs.shape[:-1], A), validate_args=False)
+
+
+def mdp_random(seed, S, A, H, starts=1, successors=1):
+    """Random MDP and θ: `starts` first states, `successors` of each (state, action)."""
+    rng = np.random.default_rng(seed)
+    start, move = np.zeros(S), np.zeros((S, A, S))
+    start[:starts] = rng.dirichlet(np.ones(starts))
+    for s, a in itertools.product(range(S), range(A)):
+        move[s, a, rng.permutation(S)[:successors]] = rng.dirichlet(np.ones(successors))
+    reward, theta = rng.standard_normal((S, A)), 0.5 * rng.standard_normal(S * A)
+    return MdpTiny(start, move, reward, H), torch.tensor(theta)
+
+
+def mdp_relative(x, y):
+    """‖x − y‖/‖y‖."""
+    return float((x - y).norm() / y.norm())
+
+
+def mdp_ascent(mdp, theta, credit):
+    """E[Σ_t ∇log π_t·credit_t]/H through mt.inner_loss: credit (N, H), each path's."""
+    data = mdp.data()
+    data.adv = credit * (mdp.N * mdp.probability(theta))[:, None]
+    return -mt.gradient(lambda t: mt.inner_loss(MdpPolicy(mdp), t, data), theta)
+
+
+def mdp_for_credit(H=4):
+    """S 3, A 2, 1,296 paths for H = 4: chance in the first state and in every move."""
+    return mdp_random(3, S=3, A=2, H=H, starts=3, successors=3)
+
+
+def mdp_bait():
+    """At the start action 0 pays 1 now and leads to nothing, action 1 pays 3 later."""
+    move = np.zeros((3, 2, 3))
+    move[0, 0, 1] = move[0, 1, 2] = 1.0
+    move[1, :, 1] = move[2, :, 2] = 1.0
+    return MdpTiny([1.0, 0, 0], move, [[1.0, 0.0], [0.0, 0.0], [3.0, 3.0]], H=2)
+
+
+def test_mdp_probabilities_add_up_and_value_equals_sum_over_paths():
+    """The two descriptions of the MDP agree: E[Σ γᵗ r_t]/H by visits and by paths."""
+    mdp, theta = mdp_for_credit()
+    assert mdp.N == 1296 and abs(mdp.probability(theta).sum() - 1) < 1e-14
+    for gamma in (1.0, 0.7):
+        total = sum(gamma**t * mdp.data().rew[:, t] for t in range(mdp.H))
+        expected = (mdp.probability(theta) * total).sum() / mdp.H
+        assert torch.allclose(mdp.value(theta, gamma), expected, rtol=1e-13)
+        assert torch.allclose(mdp.value(theta.repeat(mdp.H), gamma), expected)
+
+
+# %% The return: which credit makes Σ_t ∇log π_t·credit_t the policy gradient?
+
+
+def test_reward_times_own_score_expectation_is_not_the_enumerated_gradient():
+    """[notes l.11] E[Σ_t r_t ∇log π_t] is the gradient for H = 1, and not for H = 4."""
+    for H, error in ((1, 0.0), (4, 0.578)):
+        mdp, theta = mdp_for_credit(H)
+        own = mdp_ascent(mdp, theta, mdp.data().rew)
+        true = central_difference(mdp.value, theta)
+        assert mdp_relative(own, true) == pytest.approx(
+            error, abs=0.001 if error else 1e-8)
+
+
+def test_reward_times_own_score_expectation_is_the_gradient_with_the_visits_frozen():
+    """What l.11 estimates: the slope of each step's own reward, visits held fixed."""
+    mdp, theta = mdp_for_credit()
+    p = mdp.probability(theta)
+    visits = torch.zeros(mdp.S).double()                  # summed over the H steps
+    for t in range(mdp.H):
+        visits.index_add_(0, mdp.states[:, t], p)
+
+    def myopic(x):
+        pi = x.view(mdp.S, mdp.A).softmax(-1)
+        return (visits[:, None] * pi * mdp.reward).sum() / mdp.H
+    assert torch.allclose(mdp_ascent(mdp, theta, mdp.data().rew),
+                          central_difference(myopic, theta), atol=1e-9)
+
+
+def test_reward_times_own_score_falls_for_the_bait_where_reward_to_go_does_not():
+    """A step along l.11's direction lowers the value, along reward-to-go raises it."""
+    mdp, theta = mdp_bait(), torch.zeros(6, dtype=torch.float64)
+    rew = mdp.data().rew
+    for credit, sign in ((rew, -1), (mt.discounted_returns(rew, 1.0), 1)):
+        ahead = theta + 0.1 * mdp_ascent(mdp, theta, credit)
+        assert sign * (mdp.value(ahead) - mdp.value(theta)) > 1e-3
+
+
+def test_total_return_expectation_equals_enumerated_gradient():
+    """E[Σ_t ∇log π_t·R(τ)], every reward credited to every action, is the gradient."""
+    mdp, theta = mdp_for_credit()
+    total = mdp.data().rew.sum(1, keepdim=True).expand(-1, mdp.H)
+    assert torch.allclose(mdp_ascent(mdp, theta, total),
+                          central_difference(mdp.value, theta), atol=1e-9)
+
+
+def test_reward_to_go_expectation_equals_enumerated_gradient():
+    """At γ = 1, rewards before an action add nothing: reward-to-go is exact."""
+    mdp, theta = mdp_for_credit()
+    assert torch.allclose(
+        mdp_ascent(mdp, theta, mt.discounted_returns(mdp.data().rew, 1.0)),
+        central_difference(mdp.value, theta), atol=1e-9)
+
+
+def test_discounted_reward_to_go_drops_gamma_to_the_t_of_the_enumerated_gradient():
+    """γ < 1: the usual estimator is Σ_t γ⁻ᵗ ∂_t E[Σ γᵗ r_t]; mt's is the usual one.
+
+    ∂_t: the derivative for the parameters of step t alone, each step having its own.
+    """
+    gamma, (mdp, theta) = 0.7, mdp_for_credit()
+    parts = central_difference(lambda x: mdp.value(x, gamma),
+                               theta.repeat(mdp.H)).view(mdp.H, mdp.P)
+    weight = gamma ** torch.arange(mdp.H, dtype=torch.float64)
+    true, usual = parts.sum(0), (parts / weight[:, None]).sum(0)
+    assert torch.allclose(
+        true, central_difference(lambda x: mdp.value(x, gamma), theta), atol=1e-9)
+    rew, ones = mdp.data().rew, torch.ones(mdp.N, mdp.H).double()
+    for credit in (mt.discounted_returns(rew, gamma),
+                   mt.gae(rew, 0 * rew, ones, gamma, 1.0)):
+        ours = mdp_ascent(mdp, theta, credit)
+        assert torch.allclose(ours, usual, atol=1e-9)
+        assert torch.allclose(mdp_ascent(mdp, theta, credit * weight), true, atol=1e-9)
+    cosine = torch.cosine_similarity(usual, true, dim=0)
+    assert [mdp_relative(usual, true), usual.norm() / true.norm(), cosine] == (
+        pytest.approx([0.707, 1.703, 0.998], abs=0.001))
+
+
+def test_discounted_reward_to_go_is_the_gradient_of_no_function():
+    """γ < 1: the usual estimator's Jacobian is not symmetric; the gradient's is."""
+    gamma, (mdp, theta) = 0.7, mdp_for_credit()
+    credit = mt.discounted_returns(mdp.data().rew, gamma)
+    weight = gamma ** torch.arange(mdp.H, dtype=torch.float64)
+    for kept, asymmetry in ((1.0, 0.156), (weight, 0.0)):
+        jacobian = torch.stack([
+            mdp_ascent(mdp, theta + e, credit * kept)
+            - mdp_ascent(mdp, theta - e, credit * kept)
+            for e in 1e-5 * torch.eye(mdp.P, dtype=torch.float64)]) / 2e-5
+        assert mdp_relative(jacobian, jacobian.T) == pytest.approx(
+            asymmetry, abs=0.001 if asymmetry else 1e-8)
+
+
+@pytest.mark.parametrize("gamma, bias", [(1.0, 0.102), (0.7, 0.060)])
+def test_baseline_fitted_on_other_paths_leaves_the_expectation_unchanged(gamma, bias):
+    """E[∇log π_t·V(x_t, t)] = 0 if V has not seen these paths; λ = .5 biases."""
+    mdp, theta = mdp_for_credit()
+    every, other = mdp.data(), mdp.data(torch.arange(5, mdp.N, 321))
+    returns = mt.discounted_returns(other.rew, gamma)
+    values = mt.LinearBaseline().fit(other.obs, returns, other.mask).predict(every.obs)
+    without = mdp_ascent(mdp, theta, mt.discounted_returns(every.rew, gamma))
+    assert values.std() > 0.1
+    credit = [mt.gae(every.rew, values, every.mask, gamma, lam) for lam in (1.0, 0.5)]
+    assert torch.allclose(mdp_ascent(mdp, theta, credit[0]), without, atol=1e-12)
+    if gamma == 1.0:
+        assert torch.allclose(without, central_difference(mdp.value, theta), atol=1e-9)
+    assert mdp_relative(mdp_ascent(mdp, theta, credit[1]), without) == (
+        pytest.approx(bias, abs=0.001))
+
+
+# %% Sets D of K paths: what is computed from a whole D
+
+
+def mdp_for_sets(K=3, seed=3):
+    """S 5, A 2, H 4: 16 paths (chance only in the actions), and all sets of K of them.
+
+    → mdp, θ, D as one Trajectories of the D·K episodes, paths (D, K), p_θ(D) (D,) as a
+    function of θ.
+    """
+    mdp, theta = mdp_random(seed, S=5, A=2, H=4)
+    paths, orders = mdp.sets(K)
+    return mdp, theta, mdp.data(paths.flatten()), paths, (
+        lambda x: orders * mdp.probability(x)[paths].prod(1))
+
+
+def mdp_set_gradients(mdp, theta, data, D):
+    """−∇mt.inner_loss of each of D sets: (D, P), from D copies of θ side by side."""
+    return -D * mt.gradient(lambda x: mt.inner_loss(MdpPolicy(mdp, D), x, data),
+                            theta.repeat(D)).view(D, -1)
+
+
+def test_mdp_side_by_side_equals_one_by_one():
+    """D copies of θ in one vector take the steps that D calls of mt.adapt take."""
+    mdp, theta, data, paths, probability = mdp_for_sets(K=3)
+    assert len(paths) == 816 and abs(probability(theta).sum() - 1) < 1e-14
+    data.adv = mt.discounted_returns(data.rew, 0.9)
+    for estimator in ("log-prob", "ratio"):
+        gradients, values = mdp_meta_gradients(mdp, theta, data, len(paths), estimator)
+        for d in (0, 77, 815):
+            one, t = mdp.data(paths[d]), theta.clone().requires_grad_()
+            one.adv = mt.discounted_returns(one.rew, 0.9)
+            value = mdp.value(mt.adapt(MdpPolicy(mdp), t, [one], MDP_ALPHA, True,
+                                       estimator))
+            assert torch.allclose(values[d], value.detach(), rtol=1e-12)
+            assert torch.allclose(gradients[d], torch.autograd.grad(value, t)[0],
+                                  atol=1e-12)
+
+
+def test_mean_of_the_same_paths_as_baseline_shrinks_the_gradient_by_one_over_K():
+    """Total return minus the mean over the same K paths: E is (1 − 1/K)·gradient."""
+    for K in (1, 2, 3):
+        mdp, theta, data, paths, probability = mdp_for_sets(K)
+        total = data.rew.sum(1).view(-1, K)
+        data.adv = (total - total.mean(1, keepdim=True)).view(-1, 1).expand(-1, mdp.H)
+        expected = probability(theta) @ mdp_set_gradients(mdp, theta, data, len(paths))
+        true = central_difference(mdp.value, theta)
+        assert torch.allclose(expected, (1 - 1 / K) * true, atol=1e-9)
+
+
+def test_baseline_fitted_on_the_same_paths_biases_the_expectation():
+    """mt.LinearBaseline fitted on the K paths it then predicts: by how much, K 1-3."""
+    errors = []
+    for K in (1, 2, 3):
+        mdp, theta, data, paths, probability = mdp_for_sets(K)
+        credit = []
+        for one in map(mdp.data, paths):
+            returns = mt.discounted_returns(one.rew, 1.0)
+            fitted = mt.LinearBaseline().fit(one.obs, returns, one.mask)
+            values = fitted.predict(one.obs)
+            credit.append(mt.gae(one.rew, values, one.mask, 1.0, 1.0))
+        data.adv = torch.cat(credit)
+        expected = probability(theta) @ mdp_set_gradients(mdp, theta, data, len(paths))
+        errors.append(mdp_relative(expected, central_difference(mdp.value, theta)))
+    assert errors == pytest.approx([0.925, 0.466, 0.311], abs=0.001)
+
+
+# %% The dropped term, and two objectives
+#
+# With V(φ) = mdp.value(φ): (II) is E_{D~π_θ}[V(θ′(θ, D))], K paths in D, as Algorithm 3
+# has it; (I) is V(θ + α∇E[R]), the inner expectation exact.
+
+MDP_ALPHA = 2.0
+
+
+def emaml_term(policy, theta, inner, value, alpha):
+    """V(θ′)·∇_θ log p(D): the part of ∇E_D[V(θ′(θ, D))] that MAML drops; (P,).
+
+    log p(D) = Σ_k Σ_t log π_{θ_i(θ)}(a|x) + what does not depend on θ: a *sum* over the
+    K episodes of every inner step, where θ_i is what that step started from, itself a
+    function of θ. `value`: a number, the return after adaptation, or that less any
+    baseline that has not seen D.
+    """
+    theta = theta.detach().requires_grad_()
+    log_p = 0.0
+    for i, data in enumerate(inner):
+        theta_i = mt.adapt(policy, theta, inner[:i], alpha, create_graph=True)
+        log_prob = policy.distribution(theta_i, data.obs).log_prob(data.act)
+        log_p = log_p + (log_prob * data.mask).sum()
+    return value * torch.autograd.grad(log_p, theta)[0]
+
+
+def mdp_dice_loss(policy, theta, trajectories, estimator=None):
+    """−mean of □(τ_{≤t})·r_t, □ = exp(Σ_{u≤t} log π_u − its own value): DiCE."""
+    log_prob = policy.distribution(theta, trajectories.obs).log_prob(trajectories.act)
+    so_far = log_prob.cumsum(1)
+    return -((so_far - so_far.detach()).exp() * trajectories.rew).mean()
+
+
+def mdp_adapt(policy, theta, data, alpha, estimator):
+    """mt.adapt for "first order", "log-prob", "ratio" and (as inner_loss) "DiCE"."""
+    with pytest.MonkeyPatch.context() as patch:
+        if estimator == "DiCE":
+            patch.setattr(mt, "inner_loss", mdp_dice_loss)
+        return mt.adapt(policy, theta, [data], alpha, estimator != "first order",
+                        "ratio" if estimator == "ratio" else "log-prob")
+
+
+def mdp_meta_gradients(mdp, theta, data, D, estimator):
+    """Jᵀ∇V(θ′) of each of D sets, (D, P), and V(θ′), (D,)."""
+    copies = theta.repeat(D).requires_grad_()
+    theta_prime = mdp_adapt(MdpPolicy(mdp, D), copies, data, MDP_ALPHA * D, estimator)
+    value = mdp.value(theta_prime.view(D, -1))
+    return torch.autograd.grad(value.sum(), copies)[0].view(D, -1), value.detach()
+
+
+def mdp_closed_step(mdp, theta, data, D):
+    """θ′ of each of D sets without autograd or log π: (D, P).
+
+    ∇log π(a|s) is, in row s, the indicator of a minus π(·|s), and 0 in other rows.
+    """
+    credit = torch.zeros(D, mdp.S, mdp.A).double()           # Σ of Â where (s, a) was
+    set_of = torch.arange(D).repeat_interleave(data.adv.numel() // D)
+    credit.index_put_((set_of, data.obs.argmax(-1).flatten(), data.act.flatten()),
+                      data.adv.flatten(), accumulate=True)
+    pi = theta.view(mdp.S, mdp.A).softmax(-1)
+    ascent = credit - pi * credit.sum(-1, keepdim=True)
+    return theta + MDP_ALPHA * ascent.flatten(1) / (data.adv.numel() // D)
+
+
+@functools.lru_cache
+def mdp_sampled_case(K, credit="reward-to-go", shift=0.0, seed=3):
+    """(II) over all sets of K paths; every value in the result is a sum over them.
+
+    true: its gradient. mean, std: by estimator, E[Jᵀ∇V(θ′)] and the standard deviation
+    of one D's; E-MAML is log π and the term, "less E[V]" with V(θ′) − E[V(θ′)] in it.
+    """
+    mdp, theta, data, paths, probability = mdp_for_sets(K, seed)
+    D, p = len(paths), probability(theta)
+    if credit == "reward-to-go":
+        data.adv = mt.discounted_returns(data.rew, 1.0) + shift
+    else:
+        data.adv = torch.cat([mt.assign_credit(one, 1.0, 1.0).adv
+                              for one in map(mdp.data, paths)])
+
+    def objective(x):
+        return probability(x) @ mdp.value(mdp_closed_step(mdp, x, data, D))
+
+    def spread(x):
+        return float((p @ ((x - p @ x) ** 2).sum(1)).sqrt())
+    per_set = {}
+    for estimator in ("first order", "log-prob", "ratio", "DiCE"):
+        if estimator == "DiCE" and (credit != "reward-to-go" or shift):
+            continue                                    # its θ′ would be another one
+        per_set[estimator], value = mdp_meta_gradients(mdp, theta, data, D, estimator)
+    scores = torch.stack([emaml_term(MdpPolicy(mdp), theta, [one], 1.0, MDP_ALPHA)
+                          for one in map(mdp.data, paths)])
+    terms, centred = (v[:, None] * scores for v in (value, value - p @ value))
+    per_set["E-MAML"] = per_set["log-prob"] + terms
+    per_set["E-MAML, less E[V]"] = per_set["log-prob"] + centred
+    return dict(true=central_difference(objective, theta), term=p @ terms,
+                mean={name: p @ x for name, x in per_set.items()},
+                std={name: spread(x) for name, x in per_set.items()})
+
+
+@pytest.mark.parametrize("K, credit", [(3, "reward-to-go"), (2, "assign_credit")])
+def test_emaml_term_and_log_prob_equal_differences_of_the_sampled_objective(K, credit):
+    """(II): log π in the inner loss plus the E-MAML term is exact; neither is alone."""
+    case = mdp_sampled_case(K, credit)
+    log_prob, term, true = case["mean"]["log-prob"], case["term"], case["true"]
+    assert torch.allclose(log_prob + term, true, atol=1e-9)
+    for wrong in (log_prob, case["mean"]["first order"], term,
+                  log_prob + term / K):                      # a mean over the K paths
+        assert mdp_relative(wrong, true) > 0.05
+
+
+def test_emaml_term_through_two_inner_steps_equals_differences():
+    """(II), two inner steps: the second D comes from θ_1(θ), and the term knows it."""
+    mdp, theta = mdp_random(5, S=4, A=3, H=2)
+    N, policy, alpha = mdp.N, MdpPolicy(mdp), MDP_ALPHA
+    one = mdp.data()
+    one.adv = mt.discounted_returns(one.rew, 1.0)
+
+    def objective(x):
+        first = mdp_closed_step(mdp, x, one, N)                              # (N, P)
+        total = 0.0
+        for p, theta_1 in zip(mdp.probability(x), first):
+            value = mdp.value(mdp_closed_step(mdp, theta_1, one, N))
+            total = total + p * (mdp.probability(theta_1) @ value)
+        return total
+    exact, without = torch.zeros_like(theta), torch.zeros_like(theta)
+    for i, j in itertools.product(range(N), repeat=2):
+        inner = [mdp.data(torch.tensor([n])) for n in (i, j)]
+        for data in inner:
+            data.adv = mt.discounted_returns(data.rew, 1.0)
+        t = theta.clone().requires_grad_()
+        value = mdp.value(mt.adapt(policy, t, inner, alpha, True))
+        theta_1 = mt.adapt(policy, theta, inner[:1], alpha, False).detach()
+        p = mdp.probability(theta)[i] * mdp.probability(theta_1)[j]
+        path = p * torch.autograd.grad(value, t)[0]
+        without += path
+        exact += path + p * emaml_term(policy, theta, inner, value.detach(), alpha)
+    true = central_difference(objective, theta)
+    assert torch.allclose(exact, true, atol=1e-9)
+    assert mdp_relative(without, true) > 0.05
+
+
+def test_meta_gradient_expectation_equals_the_sampled_objective_with_sampling_frozen():
+    """E[mt.meta_gradient] over D, D′ is −∇ of (II) with p(D) held: the term is dropped.
+
+    With the E-MAML term it is −∇ of (II); first order, it is −E[∇V(θ′)].
+    """
+    mdp, theta = mdp_random(2, S=3, A=2, H=4, starts=3)
+    policy, p, every = MdpPolicy(mdp), mdp.probability(theta), mdp.data()
+    every.adv = mt.discounted_returns(every.rew, 1.0)
+    second, first, term = torch.zeros(3, mdp.P, dtype=torch.float64)
+    for d in range(mdp.N):                                           # D: one path (K 1)
+        inner = mdp.data(torch.tensor([d]))
+        inner.adv = mt.discounted_returns(inner.rew, 1.0)
+        theta_prime = mt.adapt(policy, theta, [inner], MDP_ALPHA, False).detach()
+        outer = mdp.weighted(theta_prime)                            # all D′, by p_θ′
+        outer.adv = mt.discounted_returns(outer.rew, 1.0)
+        task = mt.TaskData([inner], outer, policy.distribution(theta_prime, outer.obs))
+        second += p[d] * mt.meta_gradient(policy, theta, task, MDP_ALPHA)
+        first += p[d] * mt.meta_gradient(policy, theta, task, MDP_ALPHA, True)
+        term += p[d] * emaml_term(policy, theta, [inner], mdp.value(theta_prime), 0.0)
+
+    def value(x):
+        return mdp.value(mdp_closed_step(mdp, x, every, mdp.N))
+    frozen = central_difference(lambda x: p @ value(x), theta)
+    true = central_difference(lambda x: mdp.probability(x) @ value(x), theta)
+    ends = mdp_closed_step(mdp, theta, every, mdp.N)
+    slopes = torch.stack([central_difference(mdp.value, end) for end in ends])
+    assert torch.allclose(-second, frozen, atol=1e-9)
+    assert torch.allclose(-first, p @ slopes, atol=1e-9)
+    assert torch.allclose(-second + term, true, atol=1e-9)
+    assert mdp_relative(frozen, true) > 0.05 and mdp_relative(first, second) > 0.05
+
+
+def mdp_expected_gradient(mdp, theta, estimator, baseline=0.0):
+    """∇V(θ′) with the inner step taken on all paths, each by its probability at θ."""
+    data, weight = mdp.weighted(theta), mdp.N * mdp.probability(theta)[:, None]
+    data.adv = mt.discounted_returns(data.rew, 1.0) - baseline * weight
+    t = theta.clone().requires_grad_()
+    theta_prime = mdp_adapt(MdpPolicy(mdp), t, data, MDP_ALPHA, estimator)
+    return torch.autograd.grad(mdp.value(theta_prime), t)[0]
+
+
+def mdp_expected_true(mdp, theta):
+    """∇ of (I), V(θ + α∇V(θ)): V is per step, as the inner loss is."""
+    def objective(x):
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(mdp.value(x), x)
+        return mdp.value(x + MDP_ALPHA * slope).detach()
+    return central_difference(objective, theta)
+
+
+def test_dice_equals_differences_of_the_expected_objective_and_log_prob_does_not():
+    """(I), H = 4: DiCE is exact; first order, log π, ratio (LVC) miss, by how much."""
+    mdp, theta = mdp_random(3, S=5, A=2, H=4)
+    true = mdp_expected_true(mdp, theta)
+    errors = {name: mdp_relative(mdp_expected_gradient(mdp, theta, name), true)
+              for name in ("first order", "log-prob", "ratio", "DiCE")}
+    assert errors.pop("DiCE") < 1e-8
+    assert list(errors.values()) == pytest.approx([0.339, 0.440, 0.0249], abs=0.001)
+
+
+def test_ratio_equals_differences_of_the_expected_objective_at_horizon_1():
+    """(I), H = 1: the ratio (LVC) is exact with any constant baseline, log π is not."""
+    mdp, theta = mdp_random(3, S=4, A=3, H=1, starts=4)
+    true = mdp_expected_true(mdp, theta)
+    for baseline in (0.0, 1.3):
+        ratio, log_prob = (mdp_expected_gradient(mdp, theta, name, baseline)
+                           for name in ("ratio", "log-prob"))
+        assert torch.allclose(ratio, true, atol=1e-9)
+        assert mdp_relative(log_prob, true) > 0.1
+
+
+def test_inner_loss_hessian_misses_exactly_these_terms():
+    """E[inner loss], twice derived: ratio misses the cross-time terms, log π more.
+
+    With s_t = ∇log π_t and G_t the reward-to-go, ∇²E[R] is the ratio's Hessian plus
+    E[Σ_{t<u} (s_t s_uᵀ + s_u s_tᵀ)G_u]; the ratio's is log π's + E[Σ_t s_t s_tᵀ G_t].
+    A constant baseline b adds b·(Fisher matrix) to log π's and nothing to the ratio's.
+    """
+    mdp, theta = mdp_for_credit()
+    data, weight = mdp.weighted(theta), mdp.N * mdp.probability(theta)[:, None]
+    to_go = mt.discounted_returns(data.rew, 1.0)
+
+    def second(estimator, baseline=0.0):
+        data.adv = to_go - baseline * weight
+        return torch.autograd.functional.hessian(
+            lambda t: -mt.inner_loss(MdpPolicy(mdp), t, data, estimator), theta)
+    pi = theta.view(mdp.S, mdp.A).softmax(-1)
+    score = torch.zeros(mdp.N, mdp.H, mdp.S, mdp.A).double()         # s_t, closed form
+    for n, t in itertools.product(range(mdp.N), range(mdp.H)):
+        s, a = mdp.states[n, t], mdp.actions[n, t]
+        score[n, t, s] = -pi[s]
+        score[n, t, s, a] += 1
+    score = score.flatten(2)
+    same = torch.einsum("nti,ntj,nt->ij", score, score, to_go) / to_go.numel()
+    fisher = torch.einsum("nti,ntj,n->ij", score, score, weight[:, 0]) / to_go.numel()
+    cross = sum(torch.einsum("ni,nj,n->ij", score[:, t], score[:, u], to_go[:, u])
+                for u in range(mdp.H) for t in range(u)) / to_go.numel()
+    whole = torch.einsum("nti,nuj,nu->ij", score, score, to_go) / to_go.numel()
+    # α·E[Σ_t s_t (Σ_u s_u G_u)ᵀ]·∇V is E-MAML's term to first order: what log π lacks.
+    assert torch.allclose(whole, same + cross + cross.T, atol=1e-12)
+    true = torch.autograd.functional.hessian(mdp.value, theta)
+    assert torch.allclose(second("ratio") + cross + cross.T, true, atol=1e-12)
+    assert torch.allclose(second("log-prob") + same, second("ratio"), atol=1e-12)
+    assert torch.allclose(second("ratio", 1.3), second("ratio"), atol=1e-12)
+    assert torch.allclose(second("log-prob", 1.3), second("log-prob") + 1.3 * fisher,
+                          atol=1e-12)
+    assert [mdp_relative(second(x), true) for x in ("ratio", "log-prob")] == (
+        pytest.approx([0.502, 2.903], abs=0.002))
+
+
+# By estimator, each for K = 1, 2, 3: the mean's relative error against (II), then
+# against (I), then one D's standard deviation over the norm of (II)'s gradient.
+MDP_ERRORS = {
+    "first order": ((.144, .275, .301), (.538, .444, .412), (0.422, 0.239, 0.191)),
+    "log-prob": ((.732, .497, .470), (.156, .150, .240), (0.539, 0.543, 0.422)),
+    "ratio": ((.355, .052, .033), (.347, .206, .149), (0.587, 0.302, 0.228)),
+    "DiCE": ((.386, .098, .060), (.330, .163, .110), (1.028, 0.643, 0.514)),
+    "E-MAML": ((0, 0, 0), (.527, .237, .160), (1.715, 1.626, 1.592)),
+    "E-MAML, less E[V]": ((0, 0, 0), (.527, .237, .160), (1.351, 1.308, 1.213))}
+
+
+def test_neither_family_is_exact_for_the_other_objective():
+    """E-MAML is exact for (II), not (I); DiCE and ratio, at finite K, for neither."""
+    mdp, theta, *_ = mdp_for_sets(1)
+    expected = mdp_expected_true(mdp, theta)
+    for K in (1, 2, 3):
+        case = mdp_sampled_case(K)
+        assert set(case["mean"]) == set(MDP_ERRORS)
+        for name, x in case["mean"].items():
+            row = [mdp_relative(x, case["true"]), mdp_relative(x, expected),
+                   case["std"][name] / float(case["true"].norm())]
+            table = [numbers[K - 1] for numbers in MDP_ERRORS[name]]
+            assert row == pytest.approx(table, abs=0.001)
+        for name in ("ratio", "DiCE"):                    # nor with the E-MAML term
+            assert mdp_relative(case["mean"][name] + case["term"], case["true"]) > 0.3
+
+
+def test_more_derivatives_are_not_always_nearer_to_the_sampled_gradient():
+    """(II), K = 2: first order is nearer than log π or not: a constant in Â decides."""
+    for shift, errors in ((0.0, (0.275, 0.497)), (2.0, (0.341, 0.106))):
+        case = mdp_sampled_case(2, shift=shift)
+        first, second = (mdp_relative(case["mean"][name], case["true"])
+                         for name in ("first order", "log-prob"))
+        assert (first, second) == pytest.approx(errors, abs=0.001)
+
+
+def test_nearest_estimator_to_the_sampled_gradient_counted_on_eight_mdps():
+    """(II), K = 2, no term: DiCE nearest on 6, ratio on 2; first order beats log π on 6."""
+    nearest, first_order = [], 0
+    for seed in range(8):
+        case = mdp_sampled_case(2, seed=seed)
+        error = {name: mdp_relative(mean, case["true"])
+                 for name, mean in case["mean"].items()}
+        assert error.pop("E-MAML") < 1e-8 and error.pop("E-MAML, less E[V]") < 1e-8
+        nearest.append(min(error, key=error.get))
+        first_order += error["first order"] < error["log-prob"]
+    assert nearest.count("DiCE") == 6 and nearest.count("ratio") == 2
+    assert first_order == 6
+
+
+def test_fitted_baseline_leaves_log_prob_no_second_derivative_in_a_table():
+    """Tabular, one-hot states, baseline fitted on D: Σ Â over each state's visits is 0.
+
+    ∇²log π(a|s) of a softmax is the same for all a, so that sum is all that survives.
+    """
+    mdp, theta, _, paths, _ = mdp_for_sets(2)
+    size = {}
+    for credit in ("fitted", "none"):
+        for one in map(mdp.data, paths[::9]):
+            one.adv = (mt.assign_credit(one, 1.0, 1.0).adv if credit == "fitted" else
+                       mt.standardise(mt.discounted_returns(one.rew, 1.0), one.mask))
+            for estimator in ("log-prob", "ratio"):
+                hessian = torch.autograd.functional.hessian(
+                    lambda t: mt.inner_loss(MdpPolicy(mdp), t, one, estimator), theta)
+                key = credit, estimator
+                size[key] = max(size.get(key, 0.0), float(hessian.norm()))
+    assert size["fitted", "log-prob"] < 1e-3 < 0.1 < min(
+        size["none", "log-prob"], size["fitted", "ratio"])
+
+
+def test_surrogate_and_kl_of_tabular_policies_equal_sums_over_actions():
+    """A Categorical policy in mt.surrogate_and_kl; oracle: Σ_a π_o log(π_o/π_n)."""
+    mdp, theta = mdp_random(2, S=3, A=2, H=4, starts=3)
+    policy, inner, outer = MdpPolicy(mdp), mdp.data(torch.tensor([7])), mdp.data()
+    inner.adv, outer.adv = inner.rew, outer.rew
+    moved = theta + torch.linspace(-1, 1, mdp.P).double()
+    pi_o, pi_n = (mdp_closed_step(mdp, x, inner, 1).view(mdp.S, mdp.A).softmax(-1)
+                  for x in (theta, moved))
+    old = mt.adapted_distribution(policy, theta, [inner], outer.obs, MDP_ALPHA)
+    surrogate, kl = mt.surrogate_and_kl(policy, moved, mt.TaskData([inner], outer, old),
+                                        MDP_ALPHA)
+    ratio = (pi_n / pi_o)[mdp.states, mdp.actions]
+    by_state = (pi_o * (pi_o / pi_n).log()).sum(-1)
+    assert torch.allclose(surrogate, -(ratio * outer.rew).mean(), rtol=1e-12)
+    assert torch.allclose(kl, by_state[mdp.states].mean(), rtol=1e-12) and kl > 5e-3
+
+
+def test_surrogate_is_the_value_itself_at_horizon_1_and_log_prob_only_its_slope():
+    """Away from θ_old, E[ratio·r] is V(θ) for H = 1; E[log π·r] is another function."""
+    mdp, theta = mdp_random(3, S=4, A=3, H=1, starts=4)
+    policy, outer = MdpPolicy(mdp), mdp.weighted(theta)
+    outer.adv = outer.rew
+    task = mt.TaskData([], outer, policy.distribution(theta, outer.obs))
+
+    def ratio(x):
+        return -mt.surrogate_and_kl(policy, x, task, MDP_ALPHA)[0]
+
+    def log_prob(x):                                                   # [notes l.11,54]
+        new = policy.distribution(x, outer.obs)
+        return (new.log_prob(outer.act) * outer.rew).mean()
+    moved = theta + torch.linspace(-4, 4, mdp.P).double()
+    true = central_difference(mdp.value, theta)
+    assert torch.allclose(ratio(moved), mdp.value(moved), rtol=1e-12)
+    gain, other = (f(moved) - f(theta) for f in (mdp.value, log_prob))
+    assert abs(other / gain - 1) > 0.2
+    for f in (ratio, log_prob):
+        assert torch.allclose(mt.gradient(f, theta), true, atol=1e-9)
+
+
+# %% The pseudocode, run
+
+
+class PseudoNetwork(torch.nn.Module):
+    """The notes' torch_network(): observations (n, 2) → Normal over actions (n, 2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+        self.log_std = torch.nn.Parameter(torch.tensor([-0.2, 0.1]))
+        self.double()
+
+    def forward(self, obs):
+        hidden = torch.tanh(self.first(torch.as_tensor(obs).double()))
+        return torch.distributions.Normal(self.last(hidden), self.log_std.exp())
+
+    def flat(self, what=lambda p: p.detach()):
+        """θ (19,) in GaussianPolicy's order; with `what`, another part of each."""
+        return torch.cat([what(p).flatten() for p in (
+            *self.first.parameters(), *self.last.parameters(), self.log_std)])
+
+
+class PseudoMaml:
+    """The notes' program as it stands, on the 2D task; l.N is its line N.
+
+    Filled in, since it is left open: an action is a sample, `optim` is SGD over the
+    copy made for each task, and l.48 compares both policies on the last observation.
+    `copies`, `steps` False leave out l.36's deepcopy, l.42's optimizer step.
+    """
+    POLICY = mt.GaussianPolicy(2, 2, hidden=(3,), activation="tanh")
+    ALPHA, GAMMA, K, RUN_LENGTH = 0.05, 0.9, 4, 5
+
+    def __init__(self, copies=True, steps=True):
+        torch.manual_seed(7)
+        self.copies, self.steps, self.record = copies, steps, []
+        self.env, self.tasks = mt.Point2D(1), [(0.5, -0.2), (-0.4, 0.1), (0.1, 0.3)]
+        self.meta = PseudoNetwork()                                              # l.67
+        self.model = None                                                        # l.68
+
+    def step(self, distribution):
+        """l.10: the environment gives numbers; log π is the only thing with a graph."""
+        action = distribution.sample()
+        self.observation, reward, ended, _, _ = self.env.step(action.numpy())
+        return action, float(reward[0]), distribution.log_prob(action).sum(), ended[0]
+
+    def task_rollout(self, task):                                                # l.1
+        cumulative_disc_rew = 0                                                  # l.3
+        self.observation, _ = self.env.reset(options={"task": task})
+        self.record.append([])
+        for i in range(self.RUN_LENGTH):                                         # l.5
+            observation = self.observation                                       # l.7
+            distribution = self.model(observation)                               # l.8
+            action, reward, log_prob, ended = self.step(distribution)            # l.10
+            disc_reward = self.GAMMA**i * reward
+            cumulative_disc_rew += disc_reward * log_prob                        # l.11
+            self.record[-1].append((observation[0], action[0].numpy(), disc_reward))
+            if ended or i == self.RUN_LENGTH - 1:                                # l.13
+                return cumulative_disc_rew                                       # l.14
+
+    def sample_trajectories(self, task, K):                                      # l.17
+        rewards_for_task = torch.zeros(K, dtype=torch.float64)                   # l.19
+        for i in range(K):                                                       # l.20
+            rewards_for_task[i] = self.task_rollout(task)                        # l.21
+        return rewards_for_task                                                  # l.24
+
+    def train_maml(self, iterations):                                            # l.27
+        self.kl_div, self.updated_model_reward = [], []                          # l.30
+        for _ in range(iterations):                                              # l.33
+            for task in self.tasks:                                              # l.34
+                self.adapt_to(task)
+            self.backward()
+            self.trpo()
+
+    def adapt_to(self, task):
+        self.model = copy.deepcopy(self.meta) if self.copies else self.meta      # l.36
+        self.optim = torch.optim.SGD(self.model.parameters(), lr=self.ALPHA)
+        loss = -self.sample_trajectories(task, self.K).mean()                    # l.40
+        loss.backward()                                                          # l.41
+        if self.steps:
+            self.optim.step()                                                    # l.42
+        self.updated_model_reward.append(self.sample_trajectories(task, self.K)) # l.44
+        kl = torch.distributions.kl_divergence(                                  # l.48
+            self.model(self.observation), self.meta(self.observation))
+        self.kl_div.append(kl)                                                   # l.49
+
+    def backward(self):
+        self.meta_grad = 0                                                       # l.52
+        for exp_rew in self.updated_model_reward:                                # l.53
+            self.meta_grad += -exp_rew.mean()                                    # l.54
+        self.meta_grad.backward()                                                # l.55
+
+    def trpo(self):
+        self.kl_average = self.kl_div.mean(axis=1)                               # l.60
+
+    def trajectories(self, which):
+        """The recorded episodes `which` (K of them), credited as l.11 credits them."""
+        obs, act, rew = (torch.tensor(np.array(x)).double() for x in zip(*[
+            [np.array(x) for x in zip(*episode)] for episode in self.record[which]]))
+        return mt.Trajectories(obs, act, rew, torch.ones_like(rew), rew)
+
+    def loss(self, phi, which):
+        """−mean over K of Σ_t r_t log π_φ of recorded episodes: l.40 and l.54."""
+        data = self.trajectories(which)
+        log_prob = self.POLICY.distribution(phi, data.obs).log_prob(data.act)
+        return -(log_prob * data.rew).sum(1).mean()
+
+
+PSEUDO_D, PSEUDO_D2 = slice(0, PseudoMaml.K), slice(PseudoMaml.K, 2 * PseudoMaml.K)
+
+
+def pseudo_first_task(**how):
+    """The program after its first task (l.34-49) and l.52-55; θ as it was before."""
+    program = PseudoMaml(**how)
+    program.tasks, theta = program.tasks[:1], program.meta.flat()
+    with pytest.raises(AttributeError, match="mean"):                  # l.60, after all
+        program.train_maml(iterations=1)
+    return program, theta
+
+
+def test_pseudocode_rendering_computes_what_its_lines_say():
+    """The network, l.11, l.40 and l.42, against mt.GaussianPolicy and differences."""
+    program, theta = pseudo_first_task()
+    assert len(program.record) == 2 * program.K and theta.shape == (19,)
+    obs = torch.linspace(-1, 1, 6).double().view(3, 2)
+    ours = program.POLICY.distribution(program.model.flat(), obs)
+    assert torch.allclose(program.model(obs).mean, ours.mean)
+    assert torch.allclose(program.model(obs).stddev.log(), ours.log_std.expand(3, 2))
+    step = central_difference(lambda x: program.loss(x, PSEUDO_D), theta)
+    assert torch.allclose(program.model.flat(), theta - program.ALPHA * step, atol=1e-8)
+    assert torch.allclose(program.meta_grad.detach(),
+                          program.loss(program.model.flat(), PSEUDO_D2))
+
+
+def test_pseudocode_backward_leaves_the_meta_parameters_without_a_gradient():
+    """l.55 as written: no meta parameter has a grad, silently; the copy's do."""
+    program = PseudoMaml()
+    with pytest.raises(AttributeError, match="mean"):
+        program.train_maml(iterations=1)
+    assert len(program.updated_model_reward) == 3
+    assert all(p.grad is None for p in program.meta.parameters())
+    assert all(p.grad.norm() > 0 for p in program.model.parameters())
+
+
+def test_pseudocode_deepcopy_alone_cuts_the_graph():
+    """First cause: without any optimizer step, the copy still does not know θ."""
+    program, theta = pseudo_first_task(steps=False)
+    assert torch.equal(program.model.flat(), theta)
+    assert all(p.grad is None for p in program.meta.parameters())
+    inner = program.trajectories(PSEUDO_D)
+    t = theta.clone().requires_grad_()
+    theta_prime = mt.adapt(program.POLICY, t, [inner], 0.0, create_graph=True)  # θ
+    gradient = torch.autograd.grad(program.loss(theta_prime, PSEUDO_D2), t)[0]
+    assert gradient.norm() > 0.1                       # what l.55 should have delivered
+
+
+def test_pseudocode_without_zero_grad_adds_inner_and_outer_gradient_in_each_copy():
+    """l.41, l.55: both gradients end in one grad; a copy starts without any, so no more."""
+    program, theta = pseudo_first_task(steps=False)
+    both = sum(central_difference(lambda x: program.loss(x, which), theta)
+               for which in (PSEUDO_D, PSEUDO_D2))
+    assert torch.allclose(program.model.flat(lambda p: p.grad), both, atol=1e-7)
+    assert all(p.grad is None for p in copy.deepcopy(program.model).parameters())
+
+
+def test_pseudocode_optimizer_step_alone_cuts_the_graph():
+    """Second cause: with no copy, l.55's gradient has J = I and is taken at a moved θ.
+
+    And it is added to the inner gradient of l.41, since nothing sets grad to zero.
+    """
+    program, theta = pseudo_first_task(copies=False)
+    moved = program.meta.flat()                          # θ itself is gone: θ′ is there
+    inner = central_difference(lambda x: program.loss(x, PSEUDO_D), theta)
+    outer = central_difference(lambda x: program.loss(x, PSEUDO_D2), moved)
+    assert torch.allclose(moved, theta - program.ALPHA * inner, atol=1e-8)
+    assert torch.allclose(program.meta.flat(lambda p: p.grad), inner + outer, atol=1e-7)
+    data, alpha = program.trajectories(PSEUDO_D), program.ALPHA * program.RUN_LENGTH
+    t = theta.clone().requires_grad_()                     # mean over H in place of sum
+    theta_prime = mt.adapt(program.POLICY, t, [data], alpha, create_graph=True)
+    assert torch.allclose(theta_prime, moved)
+    true = torch.autograd.grad(program.loss(theta_prime, PSEUDO_D2), t)[0]
+    print("J = I, and not Jᵀ: off by", mdp_relative(outer, true))
+    assert mdp_relative(outer, true) > 0.05
+    with pytest.raises(ValueError, match="non-leaf"):      # nor can it be given a graph
+        torch.optim.SGD([theta.requires_grad_() * 1.0], lr=0.1)
+
+
+def test_pseudocode_optimizer_made_once_never_moves_the_copies():
+    """`self.optim` over meta's parameters, read literally: each copy's θ′ stays θ."""
+    program = PseudoMaml()
+    optim = torch.optim.SGD(program.meta.parameters(), lr=0.1)
+    theta = program.meta.flat()
+    program.model = copy.deepcopy(program.meta)
+    (-program.sample_trajectories(program.tasks[0], program.K).mean()).backward()
+    optim.step()
+    assert program.model.flat(lambda p: p.grad).norm() > 0.1
+    assert torch.equal(program.model.flat(), theta) and torch.equal(
+        program.meta.flat(), theta)
+
+
+def test_pseudocode_second_iteration_runs_backward_through_a_freed_graph():
+    """l.30-31 outside the loop: with l.60-66 left out, iteration 2 fails at l.55."""
+    program = PseudoMaml()
+    program.trpo = lambda: None
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        program.train_maml(iterations=2)
+    assert len(program.updated_model_reward) == 2 * len(program.tasks)
+    program = PseudoMaml()                                     # emptied, it goes on
+    program.trpo = lambda: [x.clear() for x in (
+        program.kl_div, program.updated_model_reward)]
+    program.train_maml(iterations=2)
+
+
+def test_pseudocode_mean_of_a_list_is_an_error_and_of_a_tensor_one_per_task():
+    """l.60: a list has no mean; stacked, axis 1 leaves M numbers, and so M Hessians."""
+    program = PseudoMaml()
+    with pytest.raises(AttributeError, match="'list' object has no attribute 'mean'"):
+        program.train_maml(iterations=1)
+    per_task = torch.stack(program.kl_div).flatten(1).mean(axis=1)
+    assert per_task.shape == (len(program.tasks),)
+    with pytest.raises(RuntimeError, match="scalar outputs"):
+        torch.autograd.grad(per_task, list(program.meta.parameters()))
+
+
+def test_pseudocode_names_that_do_not_exist_fail_at_once():
+    """l.48: no torch.kl_divergence; no _distrib in meta, and l.36 cannot copy one."""
+    assert not hasattr(torch, "kl_divergence")
+    program = PseudoMaml()
+    assert not hasattr(program.meta, "_distrib")         # meta never acts: l.8 is model
+    program.meta._distrib = program.meta(np.zeros((1, 2)))
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(program.meta)
+
+
+def test_pseudocode_reward_of_a_sampled_action_carries_no_graph():
+    """l.10, l.54: a reward is a number; without log π nothing is left to derive."""
+    program = PseudoMaml()
+    program.model = copy.deepcopy(program.meta)
+    with_score = program.sample_trajectories(program.tasks[0], program.K)
+    assert with_score.requires_grad
+    mean_reward = torch.stack([torch.tensor(sum(r for _, _, r in episode))
+                               for episode in program.record]).mean()
+    assert not mean_reward.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        (-mean_reward).backward()
+
+
+def test_pseudocode_inverse_times_meta_grad_is_a_matrix():
+    """l.56, l.62: meta_grad is the loss, a number; inverse(H)*it is P×P, no step."""
+    program, theta = pseudo_first_task()
+    assert program.meta_grad.shape == ()
+    hessian = torch.eye(len(theta), dtype=torch.float64)
+    assert (torch.inverse(hessian) * program.meta_grad).shape == (19, 19)
+    gradient = program.model.flat(lambda p: p.grad)
+    assert torch.linalg.solve(hessian, gradient).shape == (19,)
+    assert (torch.inverse(hessian) * gradient).shape == (19, 19)       # `*` broadcasts
+
+
+def test_pseudocode_kl_is_not_zero_and_its_hessian_is_not_the_metric():
+    """l.48: KL(θ′ ‖ θ) > 0, its slope is not 0, its Hessian in θ is not JᵀFJ.
+
+    Held against mt's KL(old adapted ‖ new adapted): 0, slope 0, Hessian JᵀFJ.
+    """
+    program, theta = pseudo_first_task()
+    assert all((kl > 1e-3).all() for kl in program.kl_div)
+    policy, alpha = program.POLICY, program.ALPHA * program.RUN_LENGTH
+    inner, outer = program.trajectories(PSEUDO_D), program.trajectories(PSEUDO_D2)
+    theta_prime = mt.adapt(policy, theta, [inner], alpha, False).detach()
+    assert torch.allclose(theta_prime, program.model.flat())
+
+    def kl(phi, psi):
+        p, q = (torch.distributions.Normal(d.mean, d.log_std.exp()) for d in (
+            policy.distribution(x, outer.obs) for x in (phi, psi)))
+        return torch.distributions.kl_divergence(p, q).sum(-1).mean()
+
+    def adapted(t):
+        return mt.adapt(policy, t, [inner], alpha, t.requires_grad)
+    hessian = torch.autograd.functional.hessian
+    J = torch.autograd.functional.jacobian(adapted, theta)
+    F = hessian(lambda phi: kl(theta_prime, phi), theta_prime)
+    metric = J.T @ F @ J
+    readings = {"as written, θ′ a constant": lambda t: kl(theta_prime, t),
+                "θ′ as a function of θ": lambda t: kl(adapted(t), t)}
+    for name, k in readings.items():
+        slope = torch.autograd.functional.jacobian(k, theta)
+        off = mdp_relative(hessian(k, theta), metric)
+        print(f"{name}: Hessian off by {off:.2f}")
+        assert k(theta) > 1e-3 and slope.norm() > 0.01
+        assert off > 0.1, name
+    data = mt.TaskData([inner], outer, policy.distribution(theta_prime, outer.obs))
+
+    def ours(t):
+        return mt.surrogate_and_kl(policy, t, data, alpha)[1]
+    assert ours(theta) == 0
+    assert torch.autograd.functional.jacobian(ours, theta).norm() < 1e-12
+    assert mdp_relative(hessian(ours, theta), metric) < 1e-10
+
+
+# %% The KL's Hessian: where the third derivative is, and what each product leaves out
+#
+# k(θ) = K(θ′(θ)), K(φ) = KL(π_old ‖ π_φ) averaged over D′. The oracle is written here a
+# second time, from one flat vector up: network, log-density, inner loss, inner step (by
+# torch.func, where the file uses torch.autograd), KL. S 3, A 2, hidden 5 and 4, K 6,
+# H 7; P = 56, so that every P × P (and P × P × P) derivative can be had in full.
+
+
+HESS_SIZES, HESS_ALPHA = (3, 5, 4, 2), 0.3
+
+
+def hess_gaussian(theta, obs, activation):
+    """π_θ on rows of observations (N, S), as torch.distributions has it."""
+    x, at = obs, 0
+    for layer, (n_in, n_out) in enumerate(zip(HESS_SIZES, HESS_SIZES[1:])):
+        weight = theta[at:at + n_in * n_out].reshape(n_out, n_in)
+        bias = theta[at + n_in * n_out:at + n_in * n_out + n_out]
+        at += n_in * n_out + n_out
+        x = x @ weight.T + bias
+        if layer < len(HESS_SIZES) - 2:
+            x = {"tanh": torch.tanh, "relu": torch.relu}[activation](x)
+    return torch.distributions.Normal(x, theta[at:].exp().expand_as(x),
+                                      validate_args=False)
+
+
+def hess_rows(data):
+    """The N steps that happened: obs (N, S), act (N, A), adv (N,)."""
+    there = data.mask.bool()
+    return data.obs[there], data.act[there], data.adv[there]
+
+
+def hess_problem(inner_steps=2, activation="tanh", seed=0, K=6, H=7):
+    """Random D and D′, and θ′, L, K, k written out without maml_trpo."""
+    rng = np.random.default_rng([7, seed])
+    S, A = HESS_SIZES[0], HESS_SIZES[-1]
+    policy = mt.GaussianPolicy(S, A, HESS_SIZES[1:-1], activation, init_std=0.7)
+
+    def trajectories():
+        mask = np.ones((K, H))
+        mask[0, H - 3:], mask[1, H - 1:] = 0, 0
+        return mt.Trajectories(*(torch.tensor(x) for x in (
+            rng.standard_normal((K, H, S)), rng.standard_normal((K, H, A)),
+            rng.standard_normal((K, H)), mask, rng.standard_normal((K, H)))))
+
+    theta = policy.init(torch.Generator().manual_seed(seed), torch.float64)
+    theta = theta + 0.3 * torch.tensor(rng.standard_normal(theta.shape))
+    inner, outer = [trajectories() for _ in range(inner_steps)], trajectories()
+
+    def loss(i):                                             # φ ↦ L_i(φ)
+        obs, act, adv = hess_rows(inner[i])
+        return lambda phi: -(hess_gaussian(phi, obs, activation).log_prob(act).sum(1)
+                             * adv).mean()
+
+    def theta_prime(t, steps=inner_steps):
+        for i in range(steps):
+            t = t - HESS_ALPHA * torch.func.grad(loss(i))(t)
+        return t
+
+    obs = hess_rows(outer)[0]
+    adapted = theta_prime(theta).detach()
+    normal_old = hess_gaussian(adapted, obs, activation)
+
+    def K_of(phi):
+        return torch.distributions.kl_divergence(
+            normal_old, hess_gaussian(phi, obs, activation)).sum(1).mean()
+
+    data = mt.TaskData(inner, outer, policy.distribution(adapted, outer.obs))
+    return SimpleNamespace(
+        policy=policy, theta=theta, data=data, activation=activation, loss=loss,
+        obs=obs, theta_prime=theta_prime, K=K_of, k=lambda t: K_of(theta_prime(t)),
+        P=len(theta), kl=lambda t: mt.surrogate_and_kl(policy, t, data, HESS_ALPHA)[1],
+        away=theta + 0.15 * torch.tensor(rng.standard_normal(theta.shape)),
+        v=torch.tensor(rng.standard_normal(theta.shape)))
+
+
+def hess_dense(function, theta):
+    """∇²function, P × P."""
+    return torch.autograd.functional.hessian(function, theta, vectorize=True)
+
+
+def hess_columns(product, P, every=1):
+    """The matrix of v ↦ product(v), or each `every`-th of its columns."""
+    return torch.stack([product(e) for e in torch.eye(P, dtype=torch.float64)[::every]],
+                       dim=1)
+
+
+def hess_jacobian(p, theta, steps=None):
+    """J = ∂θ′/∂θ, P × P, of the first `steps` inner steps (default: all)."""
+    steps = len(p.data.inner) if steps is None else steps
+    return torch.autograd.functional.jacobian(lambda t: p.theta_prime(t, steps), theta,
+                                              vectorize=True)
+
+
+def hess_nodes(A):
+    """Points z (3ᴬ, A) and weights (3ᴬ,): E over N(0, I) of polynomials to degree 5.
+
+    Gauss and Hermite's three points 0, ±√3: an expectation over actions by enumeration.
+    """
+    points = ((0.0, 2 / 3), (math.sqrt(3), 1 / 6), (-math.sqrt(3), 1 / 6))
+    picks = list(itertools.product(points, repeat=A))
+    return (torch.tensor([[z for z, _ in pick] for pick in picks], dtype=torch.float64),
+            torch.tensor([math.prod(w for _, w in pick) for pick in picks],
+                         dtype=torch.float64))
+
+
+def hess_fisher(p, phi):
+    """F = E[score·scoreᵀ] over D′'s states and, exactly, over π_φ's actions: (P, P)."""
+    nodes, weights = hess_nodes(HESS_SIZES[-1])
+    fisher = torch.zeros(p.P, p.P, dtype=torch.float64)
+    normal = hess_gaussian(phi, p.obs, p.activation)
+    for z, weight in zip(nodes, weights):
+        act = (normal.mean + normal.stddev * z).detach()
+        scores = torch.autograd.functional.jacobian(                           # (N, P)
+            lambda f, act=act: hess_gaussian(
+                f, p.obs, p.activation).log_prob(act).sum(1), phi, vectorize=True)
+        fisher += weight * scores.T @ scores / len(scores)
+    return fisher
+
+
+def hess_third(function, phi):
+    """All third derivatives of a function, (P, P, P), symmetric in the three."""
+    with warnings.catch_warnings():        # torch's forward mode complains of itself
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.func.jacfwd(torch.func.hessian(function))(phi)
+
+
+def hess_second_of_theta_prime(p, theta):
+    """∇²θ′_j for every j, (P, P, P), from third derivatives of the inner losses alone.
+
+    One step: −α ∂_j∇²L. A second step adds its own, seen through the first step's J₁:
+    ∇²θ′_j = J₁ᵀ(−α ∂_j∇²L₂)J₁ + Σ_i (J₂)_ji (−α ∂_i∇²L₁).
+    """
+    phi, J = theta, torch.eye(p.P, dtype=torch.float64)
+    second = torch.zeros(p.P, p.P, p.P, dtype=torch.float64)
+    for i in range(len(p.data.inner)):
+        step_J = torch.eye(p.P) - HESS_ALPHA * hess_dense(p.loss(i), phi)
+        third = -HESS_ALPHA * hess_third(p.loss(i), phi)
+        second = (torch.einsum("jab,ac,bd->jcd", third, J, J)
+                  + torch.einsum("ji,icd->jcd", step_J, second))
+        J, phi = step_J @ J, phi - HESS_ALPHA * torch.func.grad(p.loss(i))(phi)
+    return second
+
+
+def hess_gap(a, b):
+    """Relative distance of two vectors or matrices."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def hess_order(steps, errors):
+    """n in error ∝ stepⁿ: the slope on logarithmic axes."""
+    return np.polyfit(np.log(steps), np.log(errors), 1)[0]
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_kl_hessian_at_theta_old_equals_jacobian_fisher_jacobian_by_three_routes(
+        activation):
+    """∇²k = JᵀFJ at θ_old: by autograd's hessian, by dense J and F, by the products."""
+    p = hess_problem(activation=activation)
+    assert p.P == 56 and len({*HESS_SIZES, 6, 7}) == 6
+    hessian = hess_dense(p.k, p.theta)
+    J, F = hess_jacobian(p, p.theta), hess_fisher(p, p.theta_prime(p.theta))
+    assert hess_gap(J.T @ F @ J, hessian) < 1e-12
+    assert hess_gap(J @ F @ J.T, hessian) > 0.01          # the transpose matters
+    grad = lambda t: mt.gradient(p.kl, t)                                   # noqa: E731
+    for tolerance, every, product in (
+            (1e-12, 1, lambda v: mt.double_backprop_product(p.kl, p.theta, v)),
+            (1e-12, 1, lambda v: mt.gauss_newton_product(p.policy, p.theta, p.data, v,
+                                                         HESS_ALPHA)),
+            (1e-5, 5, lambda v: mt.hessian_vector_product(grad, p.theta, v, 1e-6)),
+            (1e-8, 5, lambda v: mt.hessian_vector_product(grad, p.theta, v, 1e-5,
+                                                          symmetric=True))):
+        columns = hess_columns(product, p.P, every)
+        assert hess_gap(columns, hessian[:, ::every]) < tolerance
+
+
+def test_kl_hessian_at_theta_old_is_symmetric_positive_and_no_bigger_than_its_samples():
+    """Symmetric, no negative eigenvalue, and rank ≤ samples × A + A, below P if few."""
+    for K, samples in ((6, 38), (2, 10)):
+        p = hess_problem(K=K)
+        assert len(p.obs) == samples
+        hessian = hess_columns(lambda v: mt.gauss_newton_product(
+            p.policy, p.theta, p.data, v, HESS_ALPHA), p.P)
+        assert hess_gap(hessian.T, hessian) < 1e-12
+        eigenvalues = torch.linalg.eigvalsh((hessian + hessian.T) / 2)
+        assert eigenvalues.min() > -1e-12 * eigenvalues.max()
+        rank = int((eigenvalues > 1e-10 * eigenvalues.max()).sum())
+        assert rank <= 2 * samples + 2 and (K == 6 or rank < p.P / 2)
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_jacobian_is_the_product_of_its_steps_and_symmetric_only_for_one(inner_steps):
+    """J = J₂J₁, J_i = I − α∇²L_i at θ_i: each is symmetric, their product is not."""
+    p = hess_problem(inner_steps)
+    J = torch.autograd.functional.jacobian(
+        lambda t: mt.adapt(p.policy, t, p.data.inner, HESS_ALPHA, True), p.theta)
+    product = torch.eye(p.P, dtype=torch.float64)
+    for i in range(inner_steps):
+        L_hessian = hess_dense(p.loss(i), p.theta_prime(p.theta, i))
+        product = (torch.eye(p.P) - HESS_ALPHA * L_hessian) @ product
+    assert hess_gap(J, product) < 1e-12
+    asymmetry = hess_gap(J.T, J)
+    assert asymmetry < 1e-12 if inner_steps == 1 else asymmetry > 0.01
+
+
+def test_difference_products_converge_with_order_one_and_two():
+    """Error O(ε) one-sided, O(ε²) symmetric: slopes over seven steps; tanh, float64.
+
+    At θ_old without ∇k(θ_old), elsewhere with it.
+    """
+    p = hess_problem()
+    grad = lambda t: mt.gradient(p.kl, t)                                   # noqa: E731
+    steps = np.geomspace(1e-3, 3e-2, 7)
+    for theta, at_theta in ((p.theta, None), (p.away, grad(p.away))):
+        exact = hess_dense(p.k, theta) @ p.v
+        for symmetric, order in ((False, 1), (True, 2)):
+            errors = [hess_gap(mt.hessian_vector_product(
+                grad, theta, p.v, step, at_theta, symmetric), exact) for step in steps]
+            assert abs(hess_order(steps, errors) - order) < 0.1
+
+
+def test_difference_product_costs_one_gradient_one_sided_and_two_symmetric():
+    """∇k(θ_old) = 0 saves a gradient: ∇k is evaluated once, never at θ_old itself."""
+    p, asked = hess_problem(), []
+
+    def grad(t):
+        asked.append((t - p.theta).norm().item())
+        return mt.gradient(p.kl, t)
+
+    mt.hessian_vector_product(grad, p.theta, p.v, 0.01)
+    assert asked == pytest.approx([0.01])
+    mt.hessian_vector_product(grad, p.theta, p.v, 0.01, symmetric=True)
+    assert asked[1:] == pytest.approx([0.01, 0.01])
+
+
+def hess_point2d(activation, dtype=torch.float64, inner_steps=1, seed=0, **changes):
+    """Episodes of point2d with a fresh θ: config, policy, θ, TaskData."""
+    config = mt.Config(**{**dict(
+        hidden=(8, 6), rollouts=4, horizon=9, activation=activation, workers=1,
+        inner_steps=inner_steps), **changes})
+    family = mt.TASKS["point2d"]
+    policy = mt.make_policy(family, config)
+    theta = policy.init(torch.Generator().manual_seed(seed), dtype)
+    data = mt.sample_task_data(policy, theta, family, np.array([0.4, -0.3]), config,
+                               (seed, 0))
+    return config, policy, theta, data
+
+
+@pytest.mark.parametrize("activation, moved, order", [
+    ("relu", False, -1), ("tanh", False, 1), ("relu", True, 1)])
+def test_difference_product_fails_at_initial_kinks_but_not_with_tanh_or_moved_biases(
+        activation, moved, order):
+    """At zero biases every episode's first sample lies on every ReLU's kink.
+
+    There the one-sided error *grows* as 1/step, in float64 too. With tanh, or once the
+    biases have moved, it falls with the step.
+    """
+    config, policy, theta, data = hess_point2d(activation)
+    if moved:
+        theta = theta + 0.1 * torch.randn(len(theta), dtype=torch.float64,
+                                          generator=torch.Generator().manual_seed(1))
+        phi = mt.adapt(policy, theta, data.inner, config.alpha, False).detach()
+        data = mt.TaskData(data.inner, data.outer,
+                           policy.distribution(phi, data.outer.obs))
+    assert (data.inner[0].obs[:, 0] == 0).all()
+    v = mt.meta_gradient(policy, theta, data, config.alpha)
+    exact = mt.gauss_newton_product(policy, theta, data, v, config.alpha)
+    steps = np.geomspace(1e-6, 1e-4, 5)
+    errors = [hess_gap(mt.hessian_vector_product(lambda t: mt.gradient(
+        lambda s: mt.surrogate_and_kl(policy, s, data, config.alpha)[1], t),
+        theta, v, step), exact) for step in steps]
+    assert abs(hess_order(steps, errors) - order) < 0.1
+    assert errors[0] > 10 if order == -1 else errors[0] < 1e-4
+
+
+def test_relu_difference_product_errs_from_the_first_crossed_kink_on():
+    """Until a unit of a sample of D crosses its kink the error is O(ε); then it jumps."""
+    p = hess_problem(1, "relu")
+    obs = hess_rows(p.data.inner[0])[0]
+
+    def active(theta):                               # which unit of which sample is on
+        x, at, on = obs, 0, []
+        for n_in, n_out in zip(HESS_SIZES, HESS_SIZES[1:-1]):
+            end = at + n_in * n_out
+            x = x @ theta[at:end].reshape(n_out, n_in).T + theta[end:end + n_out]
+            at, x = end + n_out, x.relu()
+            on.append(x > 0)
+        return torch.cat(on, 1)
+
+    move = p.v / p.v.norm()
+    low, high = 1e-9, 1.0                            # bisect for the first crossing
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        same = torch.equal(active(p.theta + middle * move), active(p.theta))
+        low, high = (middle, high) if same else (low, middle)
+    exact = mt.gauss_newton_product(p.policy, p.theta, p.data, p.v, HESS_ALPHA)
+    errors = [hess_gap(mt.hessian_vector_product(
+        lambda t: mt.gradient(p.kl, t), p.theta, p.v, low * factor), exact)
+        for factor in (0.25, 0.5, 0.999, 1.001)]
+    assert abs(hess_order((0.25, 0.5, 0.999), errors[:3]) - 1) < 0.1
+    assert errors[3] > 10 * errors[2]
+
+
+@pytest.mark.parametrize("inner_steps, activation", [(2, "tanh"), (1, "relu")])
+def test_kl_hessian_away_from_theta_old_is_the_sum_of_three_parts(inner_steps,
+                                                                  activation):
+    """∇²k = JᵀFJ + Jᵀ(∇²K − F)J + Σ_j ∂_jK ∇²θ′_j, the last two not zero.
+
+    Each on its own: F from scores, ∇²K in φ alone, ∇²θ′_j from third derivatives of L.
+    Double backprop has all three; the Gauss–Newton product leaves the third out.
+    """
+    p = hess_problem(inner_steps, activation)
+    phi = p.theta_prime(p.away)
+    J, F = hess_jacobian(p, p.away), hess_fisher(p, phi)
+    K_hessian = hess_dense(p.K, phi)
+    flat = J.T @ F @ J
+    curved = J.T @ (K_hessian - F) @ J
+    third = torch.einsum("j,jab->ab", torch.func.grad(p.K)(phi),
+                         hess_second_of_theta_prime(p, p.away))
+    whole = hess_dense(p.k, p.away)
+    assert min(curved.norm(), third.norm()) > 0.01 * whole.norm()
+    assert hess_gap(flat + curved + third, whole) < 1e-12
+    double = hess_columns(lambda v: mt.double_backprop_product(p.kl, p.away, v), p.P)
+    newton = hess_columns(lambda v: mt.gauss_newton_product(
+        p.policy, p.away, p.data, v, HESS_ALPHA), p.P)
+    assert hess_gap(double, whole) < 1e-12
+    assert hess_gap(newton, flat + curved) < 1e-12
+    assert hess_gap(double - newton, third) < 1e-10
+
+
+def test_third_derivative_at_theta_old_is_not_zero_but_is_multiplied_by_zero():
+    """∇²θ′_j ≠ 0 at θ_old; every ∂_jK = 0, exactly; double backprop adds nothing."""
+    p = hess_problem()
+    second = hess_second_of_theta_prime(p, p.theta)
+    step = 1e-5                 # the same tensor, by differences of J in two directions
+    for j in (0, 31):
+        e = torch.zeros(p.P, dtype=torch.float64).index_fill(0, torch.tensor([j]), step)
+        slope = hess_jacobian(p, p.theta + e) - hess_jacobian(p, p.theta - e)
+        assert hess_gap(slope / (2 * step), second[:, :, j]) < 1e-6
+    assert second.norm() > 0.1
+    phi = mt.adapt(p.policy, p.theta, p.data.inner, HESS_ALPHA, False).detach()
+    old = p.policy.distribution(phi, p.data.outer.obs)
+
+    def K(f):
+        new = p.policy.distribution(f, p.data.outer.obs)
+        return mt.masked_mean(mt.kl_old_new(old, new), p.data.outer.mask)
+
+    factors = mt.gradient(K, phi)                                              # ∂_jK
+    assert (factors == 0).all()
+    assert (torch.einsum("j,jab->ab", factors, second) == 0).all()
+    double = mt.double_backprop_product(p.kl, p.theta, p.v)
+    newton = mt.gauss_newton_product(p.policy, p.theta, p.data, p.v, HESS_ALPHA)
+    assert hess_gap(double, newton) < 1e-12
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_one_sided_difference_may_leave_out_a_gradient_that_is_zero_in_float32(
+        inner_steps, activation):
+    """∇k(θ_old) is 0.0 in every bit, if `old` comes from θ by the same operations.
+
+    From a θ′ that is right only to rounding it is not, and a small step divides by it.
+    """
+    config, policy, theta, data = hess_point2d(activation, torch.float32, inner_steps,
+                                               hidden=(40, 30), rollouts=20, horizon=30)
+
+    def grad(data):
+        return lambda t: mt.gradient(
+            lambda s: mt.surrogate_and_kl(policy, s, data, config.alpha)[1], t)
+
+    at_old = grad(data)(theta)
+    assert at_old.dtype == torch.float32 and (at_old == 0.0).all()
+    v = mt.meta_gradient(policy, theta, data, config.alpha)
+    assert torch.equal(mt.hessian_vector_product(grad(data), theta, v),
+                       mt.hessian_vector_product(grad(data), theta, v, 0.01, at_old))
+    in_float64 = [mt.Trajectories(*(x.double() for x in vars(d).values()))
+                  for d in data.inner]
+    phi = mt.adapt(policy, theta.double(), in_float64, config.alpha, False).detach()
+    rounded = mt.TaskData(data.inner, data.outer,
+                          policy.distribution(phi.float(), data.outer.obs))
+    assert grad(rounded)(theta).norm() > 0
+
+
+def test_kl_directions_have_the_same_hessian_at_theta_old_and_differ_in_third_order():
+    """KL(old‖new), KL(new‖old): equal Hessians at θ_old; the gap falls as (move)³."""
+    p = hess_problem()
+
+    def kl_new_old(t):
+        phi = mt.adapt(p.policy, t, p.data.inner, HESS_ALPHA, True)
+        new = p.policy.distribution(phi, p.data.outer.obs)
+        return mt.masked_mean(mt.kl_old_new(new, p.data.old), p.data.outer.mask)
+
+    there = hess_dense(p.k, p.theta)
+    assert hess_gap(hess_dense(kl_new_old, p.theta), there) < 1e-12
+    assert hess_gap(hess_dense(kl_new_old, p.away), hess_dense(p.k, p.away)) > 0.01
+    steps = np.geomspace(1e-3, 1e-2, 5)
+    move = p.v / p.v.norm()
+    values, gaps = [], []
+    for step in steps:
+        both = [k(p.theta + step * move).item() for k in (p.kl, kl_new_old)]
+        values.append(both[0])
+        gaps.append(abs(both[0] - both[1]))
+    assert abs(hess_order(steps, gaps) - 3) < 0.1
+    assert abs(hess_order(steps, values) - 2) < 0.1       # the KL itself: ½ move² vᵀHv
+
+
+def hess_sampled_kl(p, act, weights=None):
+    """φ_old, and φ ↦ mean of log π_old(a) − log π_φ(a) over act (n, N, A)."""
+    obs = p.obs.expand(len(act), *p.obs.shape)
+    weights = torch.full((len(act),), 1 / len(act)) if weights is None else weights
+    phi_old = mt.adapt(p.policy, p.theta, p.data.inner, HESS_ALPHA, False).detach()
+    log_old = p.policy.distribution(phi_old, obs).log_prob(act)                # (n, N)
+    return phi_old, lambda phi: weights.to(act) @ (
+        log_old - p.policy.distribution(phi, obs).log_prob(act)).mean(1)
+
+
+def hess_actions(p, z):
+    """Actions of π_old from standard normal z (n, N or 1, A): (n, N, A)."""
+    normal = hess_gaussian(p.theta_prime(p.theta).detach(), p.obs, p.activation)
+    return (normal.mean + normal.stddev * z).detach()
+
+
+def test_sampled_kl_has_exact_value_but_gradient_and_hessian_only_in_expectation():
+    """mean(log π_old − log π_new) at θ_old: 0; a gradient ∝ 1/√n; a Hessian near F.
+
+    The expectation over actions is taken twice: exactly, by enumerating a quadrature's
+    nodes (gradient 0, Hessian F), and by large samples (both errors fall as 1/√n).
+    """
+    p = hess_problem()
+    F = hess_fisher(p, p.theta_prime(p.theta))
+    nodes, weights = hess_nodes(HESS_SIZES[-1])
+    phi, expected = hess_sampled_kl(p, hess_actions(p, nodes[:, None, :]), weights)
+    assert mt.gradient(expected, phi).abs().max() < 1e-14
+    assert hess_gap(hess_dense(expected, phi), F) < 1e-12
+
+    sizes, gradients, hessians = (1, 10, 100), [], []
+    for n in sizes:
+        z = torch.randn(n, len(p.obs), HESS_SIZES[-1], dtype=torch.float64,
+                        generator=torch.Generator().manual_seed(n))
+        phi, sampled = hess_sampled_kl(p, hess_actions(p, z))
+        assert sampled(phi).item() == 0.0
+        # E|mean score|² = trace(F)/(number of independent actions)
+        by_chance = math.sqrt(float(F.trace()) / (n * len(p.obs)))
+        gradients.append(float(mt.gradient(sampled, phi).norm()) / by_chance)
+        hessians.append(hess_gap(hess_dense(sampled, phi), F))
+    assert all(0.3 < g < 3 for g in gradients)       # not 0: as large as chance says
+    assert abs(hess_order(sizes, hessians) + 0.5) < 0.15 and hessians[0] > 0.05
+
+
+def test_sampled_kl_brings_the_third_derivative_back():
+    """Its gradient at θ_old is not 0, so its Hessian in θ is not Jᵀ(∇²K̂)J any more."""
+    p = hess_problem()
+    z = torch.randn(1, len(p.obs), HESS_SIZES[-1], dtype=torch.float64,
+                    generator=torch.Generator().manual_seed(3))
+    phi, K_hat = hess_sampled_kl(p, hess_actions(p, z))
+
+    def k_hat(t):
+        return K_hat(mt.adapt(p.policy, t, p.data.inner, HESS_ALPHA, True))
+
+    J = hess_jacobian(p, p.theta)
+    without = J.T @ hess_dense(K_hat, phi) @ J
+    third = torch.einsum("j,jab->ab", mt.gradient(K_hat, phi),
+                         hess_second_of_theta_prime(p, p.theta))
+    whole = hess_columns(lambda v: mt.double_backprop_product(k_hat, p.theta, v), p.P)
+    assert hess_gap(without, whole) > 0.01
+    assert hess_gap(without + third, whole) < 1e-11
+
+
+def test_line_search_differentiates_nothing_but_the_inner_loss(monkeypatch):
+    """No third derivative in it, no second: a trial takes ∇L, a task and inner step."""
+    config, policy, theta, data = hess_point2d("tanh", inner_steps=2, backtrack_steps=3)
+    searching, orders = [], []
+    grad, search = torch.autograd.grad, mt.backtrack_line_search
+
+    def spy_grad(*args, create_graph=False, **kw):
+        if searching:
+            orders.append(create_graph)
+        return grad(*args, create_graph=create_graph, **kw)
+
+    def spy_search(evaluate, theta, full_step, before, max_kl, *how):
+        searching.append(True)
+        return search(evaluate, theta, full_step, before, -1.0, *how)   # all fail
+
+    monkeypatch.setattr(torch.autograd, "grad", spy_grad)
+    monkeypatch.setattr(mt, "backtrack_line_search", spy_search)
+    _, stats = mt.trpo_meta_step(policy, theta, [data, data], config)
+    assert stats["line_search_steps"] == 0
+    assert orders == [False] * (3 * 2 * 2)              # trials × tasks × inner steps
+
+
+class HessCountProducts(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts matrix products (n × n)·(n × samples), the work of the hidden layers."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.n, self.count = n, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            a, b = args[-2:]
+            self.count += (*a.shape, b.shape[1]).count(self.n) >= 2
+        return func(*args, **(kwargs or {}))
+
+
+def hess_products(policy, theta, data, alpha, v):
+    """Name → a function that computes it once, for one task and one inner step."""
+    def kl(t):
+        return mt.surrogate_and_kl(policy, t, data, alpha)[1]
+
+    def kl_gradient(t):
+        return mt.gradient(kl, t)
+
+    return {
+        "one plain gradient": lambda: mt.gradient(
+            lambda t: mt.inner_loss(policy, t, data.inner[0]), theta),
+        "meta-gradient": lambda: mt.meta_gradient(policy, theta, data, alpha),
+        "one-sided difference": lambda: mt.hessian_vector_product(
+            kl_gradient, theta, v),
+        "symmetric difference": lambda: mt.hessian_vector_product(
+            kl_gradient, theta, v, symmetric=True),
+        "double backprop": lambda: mt.double_backprop_product(kl, theta, v),
+        "Gauss–Newton": lambda: mt.gauss_newton_product(policy, theta, data, v, alpha),
+    }
+
+
+def test_products_cost_the_matrix_products_that_the_table_says():
+    """100×100 products a sample (here 13×13), counted as torch carries them out."""
+    config, policy, theta, data = hess_point2d("relu", torch.float32, hidden=(13, 13))
+    v = mt.meta_gradient(policy, theta, data, config.alpha)
+    counts = {}
+    for name, function in hess_products(policy, theta, data, config.alpha, v).items():
+        with HessCountProducts(13) as counter:
+            function()
+        counts[name] = counter.count
+    assert counts == {
+        "one plain gradient": 3, "meta-gradient": 12, "one-sided difference": 12,
+        "symmetric difference": 24, "double backprop": 36, "Gauss–Newton": 24}
+
+
+# %% The paper's locomotion tasks (Gymnasium's bodies, MuJoCo)
+
+MJ_TASKS = ("cheetah-vel", "cheetah-dir", "ant-vel", "ant-dir")
+ALL_TASKS = ("point2d", *MJ_TASKS)
+
+
+def mj_envs(name, K):
+    pytest.importorskip("mujoco")
+    return mt.TASKS[name].make_envs(K)
+
+
+def mj_family(name):
+    if name != "point2d":
+        pytest.importorskip("mujoco")
+    return mt.TASKS[name]
+
+
+def mj_gymnasium(name):
+    """Gymnasium's own environment, one copy, without its time limit."""
+    return gym.make("Ant-v5" if name.startswith("ant") else "HalfCheetah-v5").unwrapped
+
+
+def mj_reward(name, task, twin, info, action):
+    """The authors' reward, from what Gymnasium's environment says of its step."""
+    speed, cost = info["x_velocity"], sum(a * a for a in action)
+    closeness = task * speed if name.endswith("dir") else -abs(speed - task)
+    if name.startswith("cheetah"):
+        return closeness - 0.05 * cost
+    forces = sum(min(max(f, -1), 1) ** 2 for f in twin.data.cfrc_ext.ravel().tolist())
+    bonus = 1.0 if name == "ant-vel" else 0.0
+    return closeness + bonus - 0.005 * cost - 0.0005 * forces + 0.05
+
+
+def mj_config(name, **changes):
+    return mt.Config(**dict(task=name, iterations=1, meta_batch_size=3, rollouts=2,
+                            horizon=7, hidden=(8, 9), cg_iterations=2, workers=1)
+                     | changes)
+
+
+@pytest.mark.parametrize("name", MJ_TASKS)
+def test_walkers_match_gymnasium_step_by_step_over_whole_episodes(name):
+    """Same first states from the same seeds, then the same states, observations, ends;
+    rewards after the change of terms; and the same new start after an early end."""
+    K, H, seeds, task = 3, mt.TASKS[name].horizon, [11, 5, 2024], -1.0
+    envs, ended = mj_envs(name, K), np.zeros(K, bool)
+    twins = [mj_gymnasium(name) for _ in range(K)]
+    obs, _ = envs.reset(seed=seeds, options={"task": np.array([task])})
+    expected = [twin.reset(seed=s)[0] for twin, s in zip(twins, seeds)]
+    np.testing.assert_array_equal(obs, np.stack(expected))
+    assert obs.shape == (K, *twins[0].observation_space.shape)
+    rng, ends = np.random.default_rng(0), 0
+    for _ in range(H):
+        actions = 0.8 * rng.standard_normal((K, *twins[0].action_space.shape))
+        obs, reward, terminated, truncated, _ = envs.step(actions)
+        for k, twin in enumerate(twins):
+            a = np.clip(actions[k], -1, 1)
+            if ended[k]:
+                (o, _), r, done = twin.reset(), 0.0, False
+            else:
+                o, _, done, _, info = twin.step(a)
+                r = mj_reward(name, task, twin, info, a)
+            np.testing.assert_array_equal(obs[k], o)
+            np.testing.assert_array_equal(envs.copies[k].qpos, twin.data.qpos)
+            np.testing.assert_array_equal(envs.copies[k].qvel, twin.data.qvel)
+            assert terminated[k] == done and not truncated[k]
+            assert reward[k] == pytest.approx(r, rel=1e-12, abs=1e-12)
+            ended[k] = done
+        ends += ended.sum()
+    assert (ends > 2) == name.startswith("ant")           # both ways were seen
+
+
+@pytest.mark.parametrize("name", ("cheetah-dir", "ant-vel"))
+def test_a_walker_that_is_no_longer_finite_ends_and_starts_anew(name):
+    envs = mj_envs(name, 3)
+    envs.reset(seed=[1, 2, 3], options={"task": [1.0]})
+    envs.copies[1].qvel[0] = np.nan
+    actions = np.zeros((3, envs.model.nu))
+    obs, reward, terminated, _, _ = envs.step(actions)
+    assert terminated.tolist() == [False, True, False]
+    assert reward[1] == 0 and np.isfinite(reward).all() and np.isfinite(obs).all()
+    obs, reward, terminated, _, _ = envs.step(actions)
+    assert not terminated.any() and reward[1] == 0 and np.isfinite(obs).all()
+    assert np.abs(obs[1]).sum() > 0 and np.isfinite(envs.copies[1].qpos).all()
+
+
+@pytest.mark.parametrize("height, done", [
+    (0.19, True), (0.2, False), (1.0, False), (1.01, True)])
+def test_ant_episode_ends_outside_its_heights(height, done):
+    envs = mj_envs("ant-dir", 2)
+    envs.reset(seed=[1, 2], options={"task": [1.0]})
+
+    def advance(d):                      # in place of the physics: where the step ends
+        d.qpos[2] = height if d is envs.copies[1] else 0.6
+
+    envs.advance = advance
+    assert envs.step(np.zeros((2, 8)))[2].tolist() == [False, done]
+
+
+def test_masks_of_ants_that_end_early_match_a_replay_in_gymnasium():
+    """`task_rollout`'s episodes, replayed one by one from their seeds and actions."""
+    envs, K, H, seeds = mj_envs("ant-vel", 5), 5, 40, []
+    reset = envs.reset
+    envs.reset = lambda **how: (seeds.extend(how["seed"]), reset(**how))[1]
+    policy = mt.GaussianPolicy(105, 8, hidden=(7, 6))
+    theta = policy.init(torch.Generator().manual_seed(0))
+    data = mt.task_rollout(envs, policy, theta, [1.5], H, seed=(0, 1))
+    twin, lengths = mj_gymnasium("ant-vel"), []
+    for k in range(K):
+        o, rewards, done = twin.reset(seed=seeds[k])[0], [], False
+        while not done and len(rewards) < H:
+            t = len(rewards)
+            np.testing.assert_allclose(data.obs[k, t], o, rtol=1e-6)
+            a = np.clip(data.act[k, t].double().numpy(), -1, 1)
+            o, _, done, _, info = twin.step(a)
+            rewards.append(mj_reward("ant-vel", 1.5, twin, info, a))
+        n = len(rewards)
+        assert data.mask[k].tolist() == [1.0] * n + [0.0] * (H - n)
+        np.testing.assert_allclose(data.rew[k, :n], rewards, rtol=1e-5, atol=1e-5)
+        for padding in (data.rew[k, n:], data.obs[k, n:], data.act[k, n:]):
+            assert not padding.any()
+        lengths.append(n)
+    assert len(set(lengths)) > 2 and min(lengths) < H
+    adv = mt.assign_credit(data, 0.99, 1.0).adv
+    assert not adv[data.mask == 0].any()
+    assert mt.masked_mean(adv, data.mask).item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_same_seed_same_run_with_one_or_two_workers(name):
+    """θ after an iteration, bit for bit; and another seed gives another θ."""
+    family = mj_family(name)
+
+    def run(**changes):
+        fresh = dataclasses.replace(family, _cache=mt.threading.local())
+        return mt.train_maml(mj_config(name, **changes), fresh)
+
+    theta, rows = run()
+    for workers in (1, 2):
+        again, same = run(workers=workers)
+        assert torch.equal(theta, again)
+        assert [same[0][c] for c in ("return_pre", "return_post", "kl")] == [
+            rows[0][c] for c in ("return_pre", "return_post", "kl")]
+    assert not torch.equal(theta, run(seed=1)[0])
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_draws_do_not_depend_on_what_was_drawn_before(name):
+    """Environments that were used before give the episodes that new ones give."""
+    family, K = mj_family(name), 3
+    config = mj_config(name, rollouts=K)
+    policy = mt.make_policy(family, config)
+    theta = policy.init(torch.Generator().manual_seed(0))
+    used, new = family.make_envs(K), family.make_envs(K)
+    task, other = family.sample_tasks(np.random.default_rng(0), 2)
+    mt.task_rollout(used, policy, theta, other, 9, seed=(7, 7))
+    first, second = (mt.task_rollout(envs, policy, theta, task, 7, seed=(0, 1))
+                     for envs in (used, new))
+    for name in ("obs", "act", "rew", "mask"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+@pytest.mark.parametrize("name", MJ_TASKS)
+def test_every_task_copy_and_phase_has_its_own_noise(name):
+    """First states and action noise: copies, tasks, phases, iterations all differ."""
+    family, K = mj_family(name), 3
+    config = mj_config(name, rollouts=K, horizon=2)
+    policy = mt.make_policy(family, config)
+    theta = policy.init(torch.Generator().manual_seed(0))
+    task = family.test_tasks(1)[0]                  # the same task, drawn several times
+    starts, noise = [], []
+    for seed in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)):
+        data = mt.sample_task_data(policy, theta, family, task, config, seed)
+        inner, outer = data.inner[0], data.outer
+        starts += inner.obs[:, 0].tolist() + outer.obs[:, 0].tolist()
+        for episodes, old in ((inner, policy.distribution(theta, inner.obs)),
+                              (outer, data.old)):
+            noise += (episodes.act - old.mean)[:, 0].tolist()
+    for rows in (np.array(starts), np.array(noise)):
+        gaps = np.linalg.norm(rows[:, None] - rows, axis=-1) + np.eye(len(rows))
+        assert len(rows) == 8 * K and gaps.min() > 1e-3
+    spread = np.array(starts)[:, 1:5].std(0)        # uniform in ±0.1
+    assert (0.01 < spread).all() and (spread < 0.2).all()
+
+
+@pytest.mark.parametrize("name", MJ_TASKS)
+def test_walkers_obey_gymnasiums_rules_for_seeds(name):
+    envs = mj_envs(name, 3)
+    a, _ = envs.reset(seed=5)                                    # means 5, 6, 7
+    b, _ = envs.reset(seed=[7, 6, 5])
+    np.testing.assert_array_equal(a, b[::-1])
+    c, _ = envs.reset()                                          # goes on drawing
+    assert not np.isclose(b, c).all(1).any()
+    envs.reset(seed=[7, 6, 5])
+    np.testing.assert_array_equal(c, envs.reset()[0])
+    fresh, _ = mj_envs(name, 3).reset()                        # no seed: no fixed noise
+    assert not np.isclose(fresh, mj_envs(name, 3).reset()[0]).all(1).any()
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_only_the_oracle_sees_the_task(name):
+    """Same seeds and actions, two tasks: the same observations and other rewards."""
+    family, K = mj_family(name), 3
+    one, two = ([0.4, -0.3], [-0.2, 0.5]) if name == "point2d" else ([1.0], [-1.0])
+    oracle = mt.with_task_observed(family)
+
+    def observed(make_envs, task, steps=6):
+        envs, rng = make_envs(K), np.random.default_rng(0)
+        envs.reset(seed=[8, 9, 10], options={"task": two})       # an earlier task
+        obs, rewards = [envs.reset(seed=[1, 2, 3], options={"task": task})[0]], []
+        for _ in range(steps):
+            act = 0.3 * rng.standard_normal((K, *envs.single_action_space.shape))
+            o, r, *_ = envs.step(act)
+            obs.append(o), rewards.append(r)
+        return np.array(obs), np.array(rewards), envs
+
+    obs, reward, envs = observed(family.make_envs, one)
+    obs_two, reward_two, _ = observed(family.make_envs, two)
+    np.testing.assert_array_equal(obs, obs_two)
+    assert (np.abs(reward - reward_two) > 1e-6).all()
+    for task in (one, two):
+        seen, rewards, wrapped = observed(oracle.make_envs, task)
+        S, n = obs.shape[-1], len(task)
+        np.testing.assert_array_equal(seen[..., :S], obs)
+        np.testing.assert_array_equal(
+            seen[..., S:], np.broadcast_to(np.array(task, seen.dtype), (7, K, n)))
+        np.testing.assert_array_equal(rewards, reward if task is one else reward_two)
+        assert wrapped.single_observation_space.shape == (S + n,)
+        assert wrapped.observation_space.shape == (K, S + n)
+    assert (oracle.name, oracle.horizon) == (family.name, family.horizon)
+
+
+@pytest.mark.parametrize("name, low, high", [("cheetah-vel", 0, 2), ("ant-vel", 0, 3)])
+def test_velocity_tasks_are_uniform_and_the_held_out_ones_fixed(name, low, high):
+    family = mt.TASKS[name]
+    drawn = family.sample_tasks(np.random.default_rng(0), 4000)
+    assert drawn.shape == (4000, 1) and low <= drawn.min() and drawn.max() <= high
+    quarters = np.histogram(drawn, 4, (low, high))[0]
+    assert (abs(quarters - 1000) < 150).all()
+    held_out = family.test_tasks(40)
+    np.testing.assert_array_equal(held_out[:7], family.test_tasks(7))
+    assert len(np.unique(held_out)) == 40 and held_out.max() <= high
+    assert abs(held_out.mean() - high / 2) < high / 8
+
+
+@pytest.mark.parametrize("name", ("cheetah-dir", "ant-dir"))
+def test_direction_tasks_are_two_and_alternate_at_evaluation(name):
+    family = mt.TASKS[name]
+    drawn = family.sample_tasks(np.random.default_rng(0), 1000)
+    assert drawn.shape == (1000, 1) and set(drawn.ravel()) == {-1, 1}
+    assert abs(drawn.mean()) < 0.1
+    assert family.test_tasks(5).tolist() == [[1], [-1], [1], [-1], [1]]
+
+
+@pytest.mark.parametrize("name", MJ_TASKS)
+def test_locomotion_presets_are_the_papers(name):
+    config = mt.Config(task=name)
+    assert (config.meta_batch_size, config.horizon, config.alpha) == (40, 200, 0.1)
+    assert config.rollouts == (40 if name == "ant-dir" else 20)
+    assert config.max_kl == (0.02 if name == "cheetah-dir" else 0.01)
+    assert mt.TASKS[name].horizon == 200 and mt.TASKS[name].threads
+
+
+@pytest.mark.parametrize("task", ([1.0, 2.0], [np.nan], 1.0, []))
+def test_a_task_that_is_no_task_is_refused(task):
+    with pytest.raises(mt.BadInput, match="HalfCheetahVel"):
+        mj_envs("cheetah-vel", 2).reset(seed=[1, 2], options={"task": task})
+
+
+def test_point2d_needs_no_mujoco_and_the_others_say_what_to_install(tmp_path):
+    small = ("--iterations 1 --meta-batch-size 2 --rollouts 2 --horizon 5 --workers 1 "
+             "--eval-tasks 4 --eval-episodes 2 --eval-steps 1 --hidden 5,5").split()
+    program = (
+        "import sys; sys.modules['mujoco'] = None; import maml_trpo as mt\n"
+        f"small = {small!r}\n"
+        f"out = {str(tmp_path)!r}\n"
+        "a = mt.main(['--task', 'point2d', '--out', out + '/a', *small])\n"
+        "b = mt.main(['--task', 'cheetah-dir', '--out', out + '/b', *small])\n"
+        "sys.exit(10 * a + b)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, text=True,
+                          capture_output=True)
+    assert done.returncode == 2, done.stderr
+    assert (tmp_path / "a" / "evaluation.csv").exists()
+    assert done.stderr.count("\n") == 1 and "pip install" in done.stderr
+    assert not (tmp_path / "b" / "checkpoint.pt").exists()
+
+
+def mj_frames(path):
+    """The pictures of a GIF: (frames, height, width, 3)."""
+    from PIL import Image
+    with Image.open(path) as gif:
+        frames = []
+        for t in range(gif.n_frames):
+            gif.seek(t)
+            frames.append(np.asarray(gif.convert("RGB")))
+        return np.array(frames)
+
+
+@pytest.mark.parametrize("name", ("point2d", "cheetah-dir", "ant-vel"))
+def test_render_draws_an_episode_before_and_one_after_adaptation(name, tmp_path):
+    family, K = mj_family(name), 3
+    if name != "point2d":
+        try:
+            mt.walker_camera(family.make_envs(1).XML, 32, 24)
+        except mt.BadInput as error:
+            pytest.skip(str(error))
+    config = mj_config(name, eval_episodes=K, eval_alpha=3.0, horizon=6)
+    theta = mt.make_policy(family, config).init(torch.Generator().manual_seed(0))
+    mt.render_gif(tmp_path / "a.gif", config, theta)
+    frames = mj_frames(tmp_path / "a.gif").astype(int)
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.gif"]
+    assert frames.ndim == 4 and frames.shape[0] == 3 and frames.shape[1] == 240
+    left, right = np.split(frames[:, 20:], 2, axis=2)           # below the titles
+    assert np.abs(left[-1] - left[0]).sum() > 0                  # something moves
+    assert np.abs(left[-1] - right[-1]).sum() > 0                # and adapts
+    config = dataclasses.replace(config, eval_alpha=0.0)       # no step, no difference
+    mt.render_gif(tmp_path / "b.gif", config, theta)
+    left, right = np.split(mj_frames(tmp_path / "b.gif").astype(int)[:, 20:], 2, axis=2)
+    assert np.abs(left - right).mean() < 2
+
+
+def test_render_without_a_renderer_says_so_in_one_sentence(monkeypatch):
+    pytest.importorskip("mujoco")
+    for backend in ("egl", "osmesa", "glfw"):
+        monkeypatch.setitem(sys.modules, f"mujoco.{backend}", None)
+    with pytest.raises(mt.BadInput, match="install EGL or OSMesa"):
+        mt.walker_camera("ant.xml")
+
+
+# %% Mutants: one-line wrong changes, each of which the suite must catch
+
+# (name, old text, new text); the old text stands exactly once in maml_trpo.py.
+MUTANTS = [
+    # tasks
+    ("reward is the squared distance", "reward = -np.hypot(offset[:, 0], offset[:, 1])",
+     "reward = -np.hypot(offset[:, 0], offset[:, 1]) ** 2"),
+    ("reward before the move", "        self._position += move\n        offset = "
+     "self._position - self.goal", "        offset = self._position - self.goal\n"
+     "        self._position += move"),
+    ("actions are not clipped", "np.minimum(np.maximum(actions, -1.0), 1.0)      # (K, 2)",
+     "actions      # (K, 2)"),
+    ("the goal box is a radius", "terminated = inside[:, 0] & inside[:, 1]",
+     "terminated = -reward < self.GOAL_BOX"),
+    ("the goal leaks into the observation", "return self._position.astype(np.float32), {}",
+     "return (self._position + 1e-3 * self.goal).astype(np.float32), {}"),
+    # policy
+    ("log-prob averaged over action dimensions", "return (-0.5 * (z * z).sum(-1)",
+     "return (-0.5 * (z * z).mean(-1)"),
+    ("log-prob without the normaliser",
+     "- (self.log_std + 0.5 * math.log(2 * math.pi)).sum())", "- 0)"),
+    ("log-std frozen: the graph to it is cut", "log_std.clamp(min=math.log(self.MIN_STD)))",
+     "log_std.detach().clamp(min=math.log(self.MIN_STD)))"),
+    ("KL with its arguments swapped", "return torch.distributions.kl_divergence(old, new)",
+     "return torch.distributions.kl_divergence(new, old)"),
+    ("KL with the std ratio upside down", "0.5 * torch.exp(-2 * log_ratio) - 0.5",
+     "0.5 * torch.exp(2 * log_ratio) - 0.5"),
+    ("KL scaled by the old std", "z = (old.mean - new.mean) / new.log_std.exp()",
+     "z = (old.mean - new.mean) / old.log_std.exp()"),
+    ("sampler draws with twice the noise", "return mean + std * rng.standard_normal",
+     "return mean + 2 * std * rng.standard_normal"),
+    # rollouts
+    ("every rollout draws the same noise", "act_on = policy.sampler(theta, rng)",
+     "act_on = policy.sampler(theta, random_stream(0))"),
+    ("the seed's later numbers are ignored",
+     "np.random.default_rng([len(key), *(int(k) for k in key)])",
+     "np.random.default_rng([len(key), int(key[0])])"),
+    ("the step that ends an episode is masked out",
+     "all_rew[:, t], mask[:, t] = reward, running",
+     "all_rew[:, t], mask[:, t] = reward, running & ~terminated"),
+    ("episodes never end", "running = running & ~(terminated | truncated)",
+     "running = running & ~truncated"),
+    ("the observation after the action is stored",
+     "all_obs[:, :, t], all_act[:, :, t] = obs.T, action.T",
+     "all_obs[:, :, t], all_act[:, :, t] = next_obs.T, action.T"),
+    ("the clipped action is stored",
+     "all_obs[:, :, t], all_act[:, :, t] = obs.T, action.T",
+     "all_obs[:, :, t], all_act[:, :, t] = obs.T, np.clip(action.T, -1, 1)"),
+    # credit
+    ("masked mean divides by all steps", "return (x * mask).sum() / mask.sum()",
+     "return (x * mask).mean()"),
+    ("discount off by one", "out[:, t] += gamma * out[:, t + 1]",
+     "out[:, t] = gamma * (out[:, t] + out[:, t + 1])"),
+    ("GAE without λ", "return discounted_returns(deltas, gamma * lam) * mask",
+     "return discounted_returns(deltas, gamma) * mask"),
+    ("GAE bootstraps past the end of an episode", "    values = values * mask\n", ""),
+    ("GAE's δ forgets γ", "deltas = (rew + gamma * next_values - values) * mask",
+     "deltas = (rew + next_values - values) * mask"),
+    ("baseline without the ridge", "phi.T @ phi + self.RIDGE * torch",
+     "phi.T @ phi + 100 * self.RIDGE * torch"),
+    ("baseline fitted on padding too", "phi = self.features(obs)[mask.bool()]",
+     "phi = self.features(obs)[mask >= 0]; mask = mask >= 0"),
+    ("baseline's time runs over the whole batch",
+     "t = (torch.arange(H, dtype=torch.float64) / 100).expand(K, H)[..., None]",
+     "t = (torch.arange(K * H, dtype=torch.float64) / 100).view(K, H)[..., None]"),
+    ("baseline does not clip", "x = obs.double().clamp(-self.CLIP, self.CLIP)",
+     "x = obs.double()"),
+    ("advantages divided by the variance", "return (adv - mean) / (std + 1e-8) * mask",
+     "return (adv - mean) / (std ** 2 + 1e-8) * mask"),
+    ("advantages not standardised",
+     "data.adv = standardise(gae(data.rew, values, data.mask, gamma, lam), data.mask)",
+     "data.adv = gae(data.rew, values, data.mask, gamma, lam)"),
+    ("baseline not subtracted", "gae(data.rew, values, data.mask, gamma, lam)",
+     "gae(data.rew, 0 * values, data.mask, gamma, lam)"),
+    # inner update
+    ("inner loss with the wrong sign",
+     "return -masked_mean(log_prob * trajectories.adv, trajectories.mask)",
+     "return masked_mean(log_prob * trajectories.adv, trajectories.mask)"),
+    ("ratio without its gradient", "log_prob = (log_prob - log_prob.detach()).exp()",
+     "log_prob = log_prob.exp()"),
+    ("ascent in place of descent", "theta_prime = theta_prime - alpha * grad\n    return",
+     "theta_prime = theta_prime + alpha * grad\n    return"),
+    ("every inner step starts from θ", "theta_prime = theta_prime - alpha * grad\n    return",
+     "theta_prime = theta - alpha * grad\n    return"),
+    ("inner gradient detached", "theta_prime = theta_prime - alpha * grad\n    return",
+     "theta_prime = theta_prime - alpha * grad.detach()\n    return"),
+    ("first-order flag ignored", "second_order = theta.requires_grad and not first_order",
+     "second_order = theta.requires_grad"),
+    # meta-objective
+    ("surrogate with the wrong sign",
+     "surrogate = -masked_mean(ratio * outer.adv, outer.mask)",
+     "surrogate = masked_mean(ratio * outer.adv, outer.mask)"),
+    ("no importance ratio: log π in the outer loss",
+     "ratio = (new.log_prob(outer.act) - old.log_prob(outer.act)).exp()",
+     "ratio = 1 + new.log_prob(outer.act) - old.log_prob(outer.act)"),
+    ("ratio upside down",
+     "ratio = (new.log_prob(outer.act) - old.log_prob(outer.act)).exp()",
+     "ratio = (old.log_prob(outer.act) - new.log_prob(outer.act)).exp()"),
+    ("surrogate and KL on the pre-update episodes",
+     "    outer, old = task_data.outer, task_data.old\n    ratio",
+     "    outer, old = task_data.outer, task_data.old\n"
+     "    new = policy.distribution(theta, outer.obs)\n    ratio"),
+    ("a sum over tasks", "return (total[:-1] / total[-1]).reshape",
+     "return total[:-1].reshape"),
+    # the TRPO step
+    ("symmetric difference divides by ε only",
+     "grad_fn(theta - eps * v)) / (2 * eps)", "grad_fn(theta - eps * v)) / eps"),
+    ("difference ignores the gradient at θ",
+     "return (ahead if grad_at_theta is None else ahead - grad_at_theta) / eps",
+     "return ahead / eps"),
+    ("difference step not scaled by ‖v‖", "eps = step / v.norm()", "eps = step"),
+    ("J for Jᵀ", "for factor in reversed(factors):", "for factor in factors:"),
+    ("Jᵀ left out", "    for factor in reversed(factors):\n        v = times(factor, v)"
+     "                                                # Jᵀ(F(J·v))\n", ""),
+    ("J with the wrong sign",
+     "return u - alpha * torch.autograd.grad(grad, theta_i, u, retain_graph=True)[0]",
+     "return u + alpha * torch.autograd.grad(grad, theta_i, u, retain_graph=True)[0]"),
+    ("Fisher matrix at θ, not at θ′", "theta_prime = (theta_i - alpha * grad).detach()",
+     "theta_prime = theta_i.detach()"),
+    ("CG keeps going along negative curvature", "        if not pHp > 0:\n", "        if False:\n"),
+    ("CG with the residual's sign lost", "r = r - (rr / pHp) * Hp", "r = r + (rr / pHp) * Hp"),
+    ("CG's direction update upside down", "p = r + (rr / rr_before) * p",
+     "p = r + (rr_before / rr) * p"),
+    ("line search that never looks at the KL",
+     "if surrogate < surrogate_before and kl <= max_kl:",
+     "if surrogate < surrogate_before:"),
+    ("line search that never looks at the surrogate",
+     "if surrogate < surrogate_before and kl <= max_kl:", "if kl <= max_kl:"),
+    ("θ not restored when the search fails",
+     "    return theta, surrogate_before, 0.0, 0\n",
+     "    return candidate, surrogate_before, 0.0, 0\n"),
+    ("the first trial is already shrunk", "candidate = theta + ratio**trial * full_step",
+     "candidate = theta + ratio**(trial + 1) * full_step"),
+    ("damping with the wrong sign", "lambda v: hvp(v) + config.damping * v",
+     "lambda v: hvp(v) - config.damping * v"),
+    ("no square root in the step's scale", "return math.sqrt(2 * max_kl / xHx)",
+     "return 2 * max_kl / xHx"),
+    ("the factor 2 is missing in the step's scale", "return math.sqrt(2 * max_kl / xHx)",
+     "return math.sqrt(max_kl / xHx)"),
+    ("uphill", "full_step = -step_scale(xHx, config.max_kl) * x",
+     "full_step = step_scale(xHx, config.max_kl) * x"),
+    ("a step of negative curvature is taken", "if 0 < xHx < math.inf:", "if xHx != 0:"),
+    # training and evaluation
+    ("D′ sampled with θ", "outer = sample(theta_prime, config.inner_updates)",
+     "outer = sample(theta, config.inner_updates)"),
+    ("D and D′ share their random numbers", "outer = sample(theta_prime, config.inner_updates)",
+     "outer = sample(theta_prime, 0)"),
+    ("the same tasks every iteration", "random_stream(config.seed, i),",
+     "random_stream(config.seed, 0),"),
+    ("all tasks share their random numbers", "(config.seed, i, m)),", "(config.seed, i, 0)),"),
+    ("evaluation with α for every step", "alpha if step == 0 else alpha / 2, False,",
+     "alpha, False,"),
+    ("evaluation reuses one stream of random numbers",
+     "seed=(seed, EVALUATION, m, step))\n            out.append",
+     "seed=(seed, EVALUATION, m, 0))\n            out.append"),
+]
+
+# Changed, yet the same program: named here with the reason.
+EQUIVALENT = {
+}
+
+
+def test_every_mutant_applies_to_exactly_one_place():
+    source = (HERE / "maml_trpo.py").read_text(encoding="utf-8")
+    for name, old, new in MUTANTS:
+        assert source.count(old) == 1, f"{name}: {source.count(old)} places"
+        assert old != new
+    assert len({name for name, _, _ in MUTANTS}) == len(MUTANTS) >= 40
+
+
+def run_suite(folder: Path, *selection: str) -> str:
+    """The fast suite in `folder`, stopped at the first failure: → the test that failed."""
+    out = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+         "-W", "ignore", *selection], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "MAML_SLOW": "0", "MAML_MUTANT": "1"}, timeout=600)
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?(?:::(\S+))?(?: |$)", out.stdout, re.MULTILINE)
+    return "" if out.returncode == 0 else (failed and failed.group(1) or "the import")
+
+
+def mutants(*names: str) -> None:
+    """Apply each mutant to a copy, run the fast suite on it, and list who caught it."""
+    source = (HERE / "maml_trpo.py").read_text(encoding="utf-8")
+    chosen = [m for m in MUTANTS if not names or m[0] in names]
+
+    def judge(mutant) -> tuple[str, str]:
+        name, old, new = mutant
+        with tempfile.TemporaryDirectory() as folder:
+            for file in ("test_maml_trpo.py", "notes.md", "README.md", "requirements.txt"):
+                shutil.copy(HERE / file, folder)
+            (Path(folder) / "maml_trpo.py").write_text(source.replace(old, new),
+                                                       encoding="utf-8")
+            quick = run_suite(Path(folder), "-k", QUICK)
+            return name, quick or run_suite(Path(folder))
+
+    survivors = []
+    with ThreadPoolExecutor(mt.available_cores()) as pool:
+        for name, caught in pool.map(judge, chosen):
+            why = EQUIVALENT.get(name)
+            print(f"{'caught' if caught else 'equivalent' if why else 'SURVIVED':10} "
+                  f"{name}  [{caught or why or ''}]", flush=True)
+            if not caught and not why:
+                survivors.append(name)
+    print(f"{len(chosen)} mutants, {len(survivors)} survived")
+    sys.exit(1 if survivors else 0)
+
+
+# Tests that are run first on a mutant: those that take no time.
+QUICK = ("not command and not short_training and not exercise and not every_mutant "
+         "and not ranks and not killed and not mdp and not pseudocode")
+
+
 # %% Long tests
 
 
@@ -1009,8 +3157,400 @@ def benchmark():
                       f"product rate of {workers} core(s)")
 
 
+# %% The notes' figures and table about the Hessian
+
+
+HESS_STEPS = tuple(float(f"{step:.3g}") for step in np.geomspace(1e-6, 1, 13))
+HESS_CURVES = (("float32", False), ("float32", True), ("float64", False),
+               ("float64", True))                              # dtype, symmetric?
+
+
+def hess_trained(activation, iterations, tasks, seed=0):
+    """config, policy, θ after `iterations` at M = 10, fresh data of `tasks` tasks."""
+    config = mt.Config(activation=activation, iterations=iterations, meta_batch_size=10,
+                       workers=1, seed=seed)
+    theta, _ = mt.train_maml(config)
+    family = mt.family_of(config)
+    policy = mt.make_policy(family, config)
+    goals = family.sample_tasks(mt.random_stream(seed, iterations), tasks)
+    return config, policy, theta, [
+        mt.sample_task_data(policy, theta, family, goal, config, (seed, iterations, m))
+        for m, goal in enumerate(goals)]
+
+
+def hess_difference(config, policy, theta, data):
+    """(v, step, symmetric) ↦ the difference product of the mean KL over the tasks."""
+    def kl_gradient(t):
+        return mt.mean_over_tasks(lambda d: mt.gradient(lambda s: mt.surrogate_and_kl(
+            policy, s, d, config.alpha)[1], t), data)
+    return lambda v, step, symmetric: mt.hessian_vector_product(
+        kl_gradient, theta, v, step, symmetric=symmetric)
+
+
+def hess_exact(config, policy, theta, data):
+    """v ↦ the Gauss–Newton product of the mean KL over the tasks."""
+    return lambda v: mt.mean_over_tasks(lambda d: mt.gauss_newton_product(
+        policy, theta, d, v, config.alpha), data)
+
+
+def hess_fd_errors(activation, iterations, tasks=4):
+    """Errors of the difference products along g, and the authors' moves in one CG.
+
+    point2d at the default sizes, `tasks` tasks. Exact: Gauss–Newton in float64.
+    """
+    config, policy, theta, data = hess_trained(activation, iterations, tasks)
+    in_64 = theta.double(), [hess_in_float64(policy, theta, d, config.alpha)
+                             for d in data]
+    v = mt.mean_over_tasks(
+        lambda d: mt.meta_gradient(policy, in_64[0], d, config.alpha), in_64[1])
+    exact = hess_exact(config, policy, *in_64)(v)
+    errors = {}
+    for dtype, symmetric in HESS_CURVES:
+        problem = (theta, data) if dtype == "float32" else in_64
+        product = hess_difference(config, policy, *problem)
+        errors[dtype, symmetric] = [
+            hess_gap(product(v.to(problem[0].dtype), step, symmetric).double(), exact)
+            for step in HESS_STEPS]
+    moves, hvp = [], hess_exact(config, policy, theta, data)
+
+    def damped(p):
+        moves.append(float(p.norm() / theta.norm()))
+        return hvp(p) + config.damping * p
+
+    mt.conjugate_gradient(damped, v.float(), config.cg_iterations, config.cg_tolerance)
+    return errors, moves
+
+
+def hess_in_float64(policy, theta, data, alpha):
+    """One task's data and `old` policy again, in float64."""
+    inner, (outer,) = ([mt.Trajectories(*(x.double() for x in vars(d).values()))
+                        for d in group] for group in (data.inner, [data.outer]))
+    phi = mt.adapt(policy, theta.double(), inner, alpha, False).detach()
+    return mt.TaskData(inner, outer, policy.distribution(phi, outer.obs))
+
+
+def figure_fd_error(path, iterations=12):
+    """Error of the finite-difference product against its step, in four panels.
+
+    The numbers go into a .csv beside the figure (of the authors' moves: their length).
+    """
+    with mt.one_thread_each():
+        panels = {(activation, after): hess_fd_errors(activation, after)
+                  for after in (0, iterations) for activation in ("relu", "tanh")}
+    rows = []
+    for panel, (errors, moves) in panels.items():
+        rows += [(*panel, *curve, step, error) for curve, values in errors.items()
+                 for step, error in zip(HESS_STEPS, values)]
+        rows += [(*panel, "authors", True, move, "") for move in moves]
+    mt.write_csv(Path(path).with_suffix(".csv"), (
+        "activation", "iterations", "dtype", "symmetric", "step", "error"), rows)
+    hess_draw_panels(path, panels)
+
+
+HESS_REMARKS = {    # (activation, trained?): place on the axes and text
+    ("relu", False): (0.05, 0.08, "each first sample lies\non every kink:\n"
+                                  "error ∝ 1/step"),
+    ("relu", True): (0.05, 0.08, "other samples' kinks are\ncrossed at any step:\n"
+                                 "about 1 % stays"),
+    ("tanh", False): (0.05, 0.78, "no kinks: error ∝ step or,\nsymmetric, ∝ step²,\n"
+                                  "until rounding"),
+    ("tanh", True): (0.05, 0.78, "as at initialisation")}
+
+
+def hess_draw_panels(path, panels):
+    """{(activation, iterations): (errors, moves)} → the figure."""
+    figure, _ = mt.new_figure(1, 8.0, 6.6)
+    figure.clear()
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    for ax, ((activation, after), (errors, moves)) in zip(axes.flat, panels.items()):
+        ax.axvspan(min(moves), max(moves), color="#f2c94c", alpha=0.35, linewidth=0,
+                   label="authors' moves, ‖v‖/‖θ‖ during one CG")
+        ax.axvline(mt.Config().fd_step, color="black", linestyle=":", linewidth=1.5,
+                   label=f"our step, {mt.Config().fd_step}")
+        for (dtype, symmetric), values in errors.items():
+            wide = dtype == "float32"                      # float64 is drawn on top
+            ax.plot(HESS_STEPS, values, color="#f0a868" if wide else "#1f4f8f",
+                    linewidth=4.5 if wide else 1.4, markersize=3.5,
+                    linestyle="--" if symmetric else "-",
+                    marker="" if wide else "s" if symmetric else "o",
+                    label=f"{dtype}, {'symmetric' if symmetric else 'one-sided'}")
+        x, y, remark = HESS_REMARKS[activation, after > 0]
+        ax.text(x, y, remark, transform=ax.transAxes, fontsize=9, linespacing=1.4)
+        ax.set(xscale="log", yscale="log", ylim=(1e-9, 1e3))
+        ax.set_title(f"{dict(relu='ReLU', tanh='tanh')[activation]}, " + (
+            f"after {after} meta-iterations" if after else "at initialisation"),
+            fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    for ax in axes[1]:
+        ax.set_xlabel("length of the move in θ, ‖εv‖")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("relative error of H·v")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def figure_graph(path):
+    """The computational graph of one meta-step, and where the pseudocode cuts it."""
+    figure, (ax,) = mt.new_figure(1, 8.0, 6.3)
+    ax.set(xlim=(0, 100), ylim=(-1, 81))
+    ax.axis("off")
+    old, y = r"$_\mathrm{old}$", 66
+    for x, dy, width, text in (
+            (5, 0, 9, "θ"), (26, 0, 16, "L$_\\mathrm{pre}$ = L(θ)\non D, with Â"),
+            (48, 0, 12, "∇L(θ)"), (69, 0, 14, "θ′ =\nθ − α∇L(θ)"),
+            (91, 9, 17, "surrogate\non D′ with Â′"),
+            (91, -9, 17, f"k = KL(π{old} ‖ π$_{{θ′}}$)\non D′")):
+        hess_box(ax, x, y + dy, text, width)
+    for x, y_, width, text in (
+            (26, 48, 16, "D, Â: numbers,\nsampled with θ"),
+            (69, 44.5, 21, f"D′, Â′: numbers,\nsampled with θ′(θ{old})"),
+            (91, 40, 17, f"π{old}: θ′(θ{old}),\ndetached")):
+        hess_box(ax, x, y_, text, width, "#777777", "--")
+
+    hess_arrow(ax, (9.5, y + 2.5), (62, y + 3), HESS_INK["first"], -0.3)
+    for start, end in ((9.5, 18), (34, 42), (54, 62)):
+        hess_arrow(ax, (start, y), (end, y), HESS_INK["second"])
+    hess_arrow(ax, (76, y + 2), (82.5, y + 8), "black")
+    hess_arrow(ax, (76, y - 2), (82.5, y - 7.5), "black")
+    hess_arrow(ax, (69, y - 4.3), (48, y - 4.3), HESS_INK["third"], -0.3)
+    for start, end, bend in (
+            ((26, 52.3), (26, y - 4.3), 0), ((91, 44.3), (91, 52.7), 0),
+            ((79.5, 46.5), (84, 52.7), 0), ((76, 48.8), (84, 70.7), 0.1)):
+        hess_arrow(ax, start, end, "#777777", bend, "--", 1.2)
+
+    for x, y_, ink, text in (
+            (36, y + 13.3, "first", "θ → θ′ with derivative I"),
+            (38, y + 2.4, "second", "∇"), (58, y - 3.4, "second", "−α"),
+            (58.5, 55.0, "third", f"× ∂ⱼK, which is 0 at θ{old}")):
+        ax.text(x, y_, text, color=HESS_INK[ink], fontsize=9, ha="center", va="center")
+    for x, y_, number in ((13.4, y, 1), (14.5, y + 6, 1), (57.2, y, 2),
+                          (78.9, y + 4.9, 3)):
+        hess_scissors(ax, x, y_, number)
+
+    rows = (
+        ("first", "first order", "J = I: all that --first-order keeps."),
+        ("second", "second order", "J = I − α∇²L, if ∇L has a graph of its own "
+         "(create_graph=True).\nThe gradients Jᵀ∇(surrogate) and ∇k = Jᵀ∇K cross this "
+         "path once."),
+        ("third", "third order", "∇²k = Jᵀ(∇²K)J + Σⱼ ∂ⱼK·∇²θ′ⱼ, and ∇²θ′ⱼ = −α ∂ⱼ∇²L "
+         f"crosses it twice.\nAt θ{old} each ∂ⱼK is 0: the third derivative is there, "
+         "times zero."))
+    for (ink, head, text), y_ in zip(rows, (33.5, 29.5, 22.5)):
+        ax.text(0, y_, head, color=HESS_INK[ink], fontsize=9, va="top", weight="bold")
+        ax.text(16, y_, text, fontsize=9, va="top", linespacing=1.35)
+    for number, y_, text in (
+            (1, 11.8, "copy.deepcopy: the copy's parameters are new leaves that do not "
+             "know θ."),
+            (2, 7.0, "backward() and optim.step(): ∇L enters as numbers, in place, "
+             "outside any graph."),
+            (3, 2.2, "rewards are the environment's numbers, and no ratio "
+             f"π$_{{θ′}}$/π{old} brings θ′ in.")):
+        hess_scissors(ax, 18, y_, number)
+        ax.text(21, y_, text, fontsize=9, va="center")
+    ax.text(0, 7.0, "cut in the\npseudocode", color=HESS_INK["cut"], fontsize=9,
+            va="center", weight="bold")
+    figure.savefig(path)
+
+
+HESS_INK = dict(first="#1f6fb4", second="#d95f02", third="#7b3fa0", cut="#c00000")
+
+
+def hess_box(ax, x, y, text, width, color="black", style="-", height=8.6):
+    from matplotlib.patches import FancyBboxPatch
+    ax.add_patch(FancyBboxPatch(
+        (x - width / 2, y - height / 2), width, height, edgecolor=color, linewidth=1.4,
+        facecolor="white" if style == "-" else "#eeeeee", linestyle=style,
+        boxstyle="round,pad=0,rounding_size=1.2"))
+    ax.text(x, y, text, ha="center", va="center", fontsize=9, linespacing=1.3)
+
+
+def hess_arrow(ax, start, end, color, bend=0.0, style="-", width=1.8):
+    from matplotlib.patches import FancyArrowPatch
+    ax.add_patch(FancyArrowPatch(
+        start, end, arrowstyle="-|>", mutation_scale=13, color=color, linewidth=width,
+        linestyle=style, connectionstyle=f"arc3,rad={bend}", shrinkA=0, shrinkB=0))
+
+
+def hess_scissors(ax, x, y, number):
+    ax.plot(x, y, marker="o", markersize=17, color="white", zorder=5,
+            markeredgecolor=HESS_INK["cut"], markeredgewidth=1.4)
+    ax.text(x, y - 0.1, f"✂{number}", color=HESS_INK["cut"], fontsize=9.5, ha="center",
+            va="center", zorder=6)
+
+
+def product_costs(repeats=25, warm_up=3):
+    """Print what each product costs: one task, 2,000 samples, float32, one thread."""
+    config = mt.Config(workers=1)
+    family = mt.family_of(config)
+    policy = mt.make_policy(family, config)
+    theta = policy.init(torch.Generator().manual_seed(0))
+    data = mt.sample_task_data(policy, theta, family, family.test_tasks(1)[0], config,
+                               (0,))
+    v = mt.meta_gradient(policy, theta, data, config.alpha)
+    functions = hess_products(policy, theta, data, config.alpha, v)
+    times = {name: [] for name in functions}
+    with mt.one_thread_each():
+        for _ in range(warm_up + repeats):            # in turns: they share the machine
+            for name, function in functions.items():
+                watch = mt.Stopwatch()
+                function()
+                times[name].append(watch.lap())
+    plain = np.median(times["one plain gradient"][warm_up:])
+    print("| one task, 2,000 samples, float32, one thread | ms | ratio to one gradient "
+          "| 100×100 products a sample |\n|---|---|---|---|")
+    for name, function in functions.items():
+        with HessCountProducts(100) as counter:
+            function()
+        median = np.median(times[name][warm_up:])
+        print(f"| {name} | {1e3 * median:.1f} | {median / plain:.1f} "
+              f"| {counter.count} |")
+
+
+def product_quality(activations=("relu", "tanh"), seeds=(0, 1), iterations=12, tasks=8):
+    """Print what each product's errors do to ten iterations of CG, float32.
+
+    Progress: the predicted fall of the surrogate at a given KL, gᵀx/√(xᵀHx) with the
+    true H, as a share of the exact product's. Length: the step's, over what δ allows.
+    """
+    print("| θ | product | move | progress | length |\n|---|---|---|---|---|")
+    for activation in activations:
+        for after in (0, iterations):
+            found = {}
+            for seed in seeds:
+                quality = hess_quality(activation, after, tasks, seed)
+                for name, numbers in quality.items():
+                    found.setdefault(name, []).append(numbers)
+            for (name, move), numbers in found.items():
+                progress, length = (", ".join(f"{x:.2f}" for x in column)
+                                    for column in zip(*numbers))
+                print(f"| {activation}, {after} iterations | {name} | {move} "
+                      f"| {progress} | {length} |", flush=True)
+
+
+def hess_quality(activation, iterations, tasks, seed):
+    """(product, move) → (progress, length) of `product_quality`."""
+    with mt.one_thread_each():
+        config, policy, theta, data = hess_trained(activation, iterations, tasks, seed)
+        g = mt.mean_over_tasks(
+            lambda d: mt.meta_gradient(policy, theta, d, config.alpha), data)
+        exact = hess_exact(config, policy, theta, data)
+        difference = hess_difference(config, policy, theta, data)
+
+        def solve(product):
+            x, r = mt.conjugate_gradient(lambda p: product(p) + config.damping * p, g,
+                                         config.cg_iterations, config.cg_tolerance)
+            true = float(x @ (exact(x) + config.damping * x))
+            return float(g @ x) / true ** 0.5, (true / float(x @ (g - r))) ** 0.5
+
+        best, _ = solve(exact)
+        out = {}
+        for name, move, product in (
+                *(("one-sided", s, lambda p, s=s: difference(p, s, False))
+                  for s in (0.1, 0.01, 0.001)),
+                ("symmetric", 0.01, lambda p: difference(p, 0.01, True)),
+                ("symmetric, the authors'", "‖v‖/‖θ‖", lambda p: difference(
+                    p, float(p.norm() / theta.norm()), True))):
+            progress, length = solve(product)
+            out[name, move] = progress / best, length
+        return out
+
+
+# %% Measured effects: what a choice does, by replacing one function
+
+
+class SquaredPoint2D(mt.Point2D):
+    """Point2D with the paper's reward, the squared distance."""
+
+    def step(self, actions):
+        obs, reward, *rest = super().step(actions)
+        return obs, -reward ** 2, *rest
+
+
+def authors_product(grad_fn, theta, v, step, grad_at_theta=None, symmetric=False):
+    """Symmetric, with ε = 1/‖θ‖: a move of length ‖v‖/‖θ‖."""
+    return HVP(grad_fn, theta, v, float(v.norm() / theta.norm()), symmetric=True)
+
+
+def symmetric_product(grad_fn, theta, v, step, grad_at_theta=None, symmetric=False):
+    return HVP(grad_fn, theta, v, step, symmetric=True)
+
+
+def credit_without_baseline(data, gamma, lam):
+    """What fitting after use means for a new task: its first baseline is 0."""
+    data.adv = mt.standardise(mt.gae(data.rew, torch.zeros_like(data.rew), data.mask,
+                                     gamma, lam), data.mask)
+    return data
+
+
+def credit_not_standardised(data, gamma, lam):
+    """Advantages as they are; α is scaled down to what the first iterations stand."""
+    returns = mt.discounted_returns(data.rew, gamma)
+    values = mt.LinearBaseline().fit(data.obs, returns, data.mask).predict(data.obs)
+    data.adv = mt.gae(data.rew, values, data.mask, gamma, lam)
+    return data
+
+
+HVP = mt.hessian_vector_product
+EFFECTS = {     # name: (settings, {function of maml_trpo: its replacement})
+    "the defaults": ({}, {}),
+    "reward: squared distance (paper)": ({}, {"Point2D": SquaredPoint2D}),
+    "α 0.1 (paper)": (dict(alpha=0.1, eval_alpha=0.1), {}),
+    "α 0.5 (authors' run)": (dict(alpha=0.5, eval_alpha=0.5), {}),
+    "symmetric differences": ({}, {"hessian_vector_product": symmetric_product}),
+    "the authors' difference step": ({}, {"hessian_vector_product": authors_product}),
+    "exact products (--hvp gauss-newton)": (dict(hvp="gauss-newton"), {}),
+    "baseline 0 (fit after use)": ({}, {"assign_credit": credit_without_baseline}),
+    "raw advantages, α 0.02": (dict(alpha=0.02, eval_alpha=0.02),
+                               {"assign_credit": credit_not_standardised}),
+    "first order": (dict(first_order=True), {}),
+    "ratio inner loss (LVC)": (dict(inner_loss="ratio"), {}),
+}
+
+
+def effects(*names: str, iterations: int = 40, seeds=(0, 1)) -> None:
+    """Train with one thing changed; print the plain-distance returns on the 40 goals."""
+    print(f"{iterations} iterations, seeds {seeds}; return after 0, 1, 2, 3 steps")
+    for name, (settings, replaced) in EFFECTS.items():
+        if names and name not in names:
+            continue
+        for seed in seeds:
+            config = mt.Config(iterations=iterations, seed=seed, **settings)
+            kept = {key: getattr(mt, key) for key in replaced}
+            family = mt.TASKS["point2d"]
+            try:
+                for key, value in replaced.items():
+                    setattr(mt, key, value)
+                if "Point2D" in replaced:
+                    family = dataclasses.replace(family, make_envs=SquaredPoint2D,
+                                                 _cache=threading.local())
+                theta, rows = mt.train_maml(config, family)
+                returns = mt.evaluate(config, theta).mean(0)
+            finally:
+                for key, value in kept.items():
+                    setattr(mt, key, value)
+            skipped = sum(row["line_search_steps"] == 0 for row in rows)
+            print(f"{name:38} seed {seed}: " + " ".join(f"{x:8.2f}" for x in returns)
+                  + f"   {skipped} steps skipped", flush=True)
+
+
+# %% This file as a command
+
+
+def figures() -> None:
+    """Draw the notes' figures into figures/."""
+    for name, draw in (("fd-error", figure_fd_error), ("graph", figure_graph)):
+        path = HERE / "figures" / f"{name}.png"
+        draw(path)
+        print(path.relative_to(HERE))
+
+
+COMMANDS = {"benchmark": benchmark, "figures": figures, "costs": product_costs,
+            "effects": effects, "mutants": mutants}
+
+
 if __name__ == "__main__":
-    commands = {"benchmark": benchmark}
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        sys.exit(f"usage: python {Path(__file__).name} {{{','.join(commands)}}}")
-    commands[sys.argv[1]](*sys.argv[2:])
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        sys.exit(f"usage: python {Path(__file__).name} {{{','.join(COMMANDS)}}}")
+    sys.exit(COMMANDS[sys.argv[1]](*sys.argv[2:]))
