@@ -61,12 +61,14 @@ import argparse
 import csv
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -375,12 +377,12 @@ class GaussianPolicy:
         """
         *layers, log_std = [x.detach().numpy() for x in self.unpack(theta)]
         std = np.exp(np.maximum(log_std, math.log(self.MIN_STD)))
-        activate = {F.relu: lambda x: np.maximum(x, 0), torch.tanh: np.tanh}[
+        activate = {F.relu: lambda x: np.maximum(x, 0, out=x), torch.tanh: np.tanh}[
             self.activation]
         weights, biases = [np.ascontiguousarray(w.T) for w in layers[::2]], layers[1::2]
 
         def act(obs: np.ndarray) -> np.ndarray:
-            x = obs.astype(std.dtype)
+            x = obs.astype(std.dtype, copy=False)
             for weight, bias in zip(weights[:-1], biases[:-1]):
                 x = activate(x @ weight + bias)
             mean = x @ weights[-1] + biases[-1]                                # (K, A)
@@ -532,9 +534,9 @@ class LinearBaseline:
     A: On the very episodes whose advantages it then gives, afresh for every task and
        every inner step [maml_rl]. Spinning Up fits V *after* use [SpinUp VPG l.8], so
        its baseline comes from earlier data; a new task has none. The price is a bias,
-       since the fit has seen the returns it is subtracted from; with 2,000 samples
-       for 8 weights it is small. A baseline fitted on other data leaves the
-       expectation of the gradient unchanged.
+       since the fit has seen the returns it is subtracted from: it falls as 1/K
+       (notes.md). With λ = 1, a baseline fitted on other data leaves the expectation of
+       the gradient unchanged.
     """
     RIDGE, CLIP = 1e-5, 10.0
 
@@ -618,9 +620,10 @@ def inner_loss(policy, theta: Tensor, trajectories: Trajectories,
        search has no derivative. The outer step is taken once, and may be as careful as
        it likes.
     Q: Which estimator? log π, ratio, DiCE, E-MAML? (Q11)
-    A: log π, as the paper and its code. For one gradient they agree; they differ in the
-       second derivative, which J contains. notes.md ("The dropped term") takes them
-       apart on an MDP small enough to enumerate.
+    A: log π, as the paper and its code. log π, ratio and DiCE have the same gradient;
+       they differ in the second derivative, which J contains; E-MAML adds a term to the
+       outer gradient. notes.md ("The dropped term") takes them apart on an MDP small
+       enough to enumerate. None puts γᵗ in front: like the authors, nor do we.
     """
     log_prob = policy.distribution(theta, trajectories.obs).log_prob(trajectories.act)
     if estimator == "ratio":
@@ -718,7 +721,8 @@ def adapted_distribution(policy, theta: Tensor, inner: list[Trajectories], obs: 
     """π_{θ′(θ)} on `obs` (K, H, S), differentiable in θ if θ requires it."""
     second_order = theta.requires_grad and not first_order
     theta_prime = adapt(policy, theta, inner, alpha, second_order, estimator)
-    return policy.distribution(theta_prime, obs)
+    return policy.distribution(
+        theta_prime if theta.requires_grad else theta_prime.detach(), obs)
 
 
 def surrogate_and_kl(policy, theta: Tensor, task_data: TaskData, alpha: float,
@@ -732,7 +736,8 @@ def surrogate_and_kl(policy, theta: Tensor, task_data: TaskData, alpha: float,
     Both compare *adapted* policies, on the states these visit. The pseudocode takes
     the KL between a task's adapted policy and the meta-policy [notes l.48]: that
     bounds how far the inner step goes, not the meta-step. And it has no importance
-    ratio: with D′ fixed, mean(R) is a number that does not depend on θ [notes l.54].
+    ratio [notes l.54]: rewards are numbers that do not depend on θ, and with the log π
+    of l.11 in them the slope at θ_old may be right, but no value elsewhere is a return.
 
     Q: Why run the inner update again in here? (Q8)
     A: The θ′ that sampled D′ is a vector without a graph. The outer gradient needs θ′
@@ -816,7 +821,8 @@ def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor,
                    along g; ReLU's kinks set the limit, not rounding (figure in
                    notes.md). At initialisation every episode starts where each unit's
                    input is exactly 0, and the error *grows* as the step shrinks: 25 %
-                   at 0.001, 2.5 % at 0.01.
+                   at 0.001, 2.5 % at 0.01. CG's later directions fare worse, 8-9 %
+                   in the median; `--hvp gauss-newton` is exact, at twice the price.
     """
     eps = step / v.norm()
     if symmetric:
@@ -855,7 +861,7 @@ def gauss_newton_product(policy, theta: Tensor, task_data: TaskData, v: Tensor,
         theta_i, grad = factor
         return u - alpha * torch.autograd.grad(grad, theta_i, u, retain_graph=True)[0]
 
-    def kl(phi):                                    # K(φ); its Hessian at θ′ is F
+    def kl(phi):                                    # K(φ); its Hessian at θ′: F
         return mean_kl(policy.distribution(phi, task_data.outer.obs), task_data)
 
     for factor in factors:
@@ -874,8 +880,8 @@ def conjugate_gradient(hvp: Callable[[Tensor], Tensor], b: Tensor, iterations: i
     or the product is NaN): x is then what it had before.
 
     Q: x = inverse(kl_hessian) * meta_grad, is that right? [notes l.62]
-    A: H⁻¹g is what is wanted, but H has P² ≈ 10⁸ entries, and a rank that the number of
-       samples limits. CG needs no entry of H, only products H·p, and its n-th x is the
+    A: H⁻¹g is what is wanted, but H has P² ≈ 10⁸ entries and need not have an
+       inverse. CG needs no entry of H, only products H·p, and its n-th x is the
        best one within the span of g, Hg, …, Hⁿ⁻¹g. Ten products do.
     Q: What are CG, HVP, damping for, and whose Hessian is it? (Q7)
     A: The Hessian of the mean KL between old and new *adapted* policies, as a function
@@ -1022,10 +1028,10 @@ def train_maml(config: Config, family: TaskFamily | None = None,
     A: Loudly: `updated_model_reward` and `kl_div` are never emptied, so the second
        iteration runs backward through a graph that is freed; `.mean(axis=1)` of a list
        [notes l.60] is an error at once. Silently: one fixed list of tasks in place of
-       fresh draws from p(T) [notes l.28]; no `zero_grad`, so gradients add up; one
-       optimizer, which still holds the parameters of a model that was replaced; the KL
-       between adapted and meta-policy, no importance ratio, a line search without loss
-       and δ (see `surrogate_and_kl`, `backtrack_line_search`).
+       fresh draws from p(T) [notes l.28]; no `zero_grad`, so a copy's inner and outer
+       gradients add up; one optimizer, which still holds the parameters of a model
+       that was replaced; the KL between adapted and meta-policy, no importance ratio,
+       a line search without loss and δ: see `surrogate_and_kl` and the line search.
     """
     family = family or family_of(config)
     policy = make_policy(family, config)
@@ -1266,11 +1272,12 @@ class Locomotion(VectorEnv):
         self.copies = [self._mujoco.MjData(self.model) for _ in range(num_envs)]
         # Views into MuJoCo's memory, made once
         self._state = [view for d in self.copies for view in (d.qpos, d.qvel)]
+        self._ctrl = [d.ctrl for d in self.copies]
         self._x = [self.x_of(d) for d in self.copies]
         self._forces = [d.cfrc_ext.ravel() for d in self.copies]
         self.num_envs, box = num_envs, gym.spaces.Box
-        self.single_observation_space = box(-np.inf, np.inf, self.observe().shape[1:],
-                                            np.float64)
+        self.single_observation_space = box(
+            -np.inf, np.inf, self.observe(self.read(self._state)).shape[1:], np.float64)
         self.single_action_space = box(-1.0, 1.0, (self.model.nu,), np.float32)
         self.observation_space, self.action_space = (
             gym.vector.utils.batch_space(space, num_envs)
@@ -1283,8 +1290,8 @@ class Locomotion(VectorEnv):
         """Numbers of all copies: (K, n)."""
         return np.concatenate(views).reshape(len(self.copies), -1)
 
-    def observe(self) -> np.ndarray:
-        return self.read(self._state)[:, self.HIDDEN:]
+    def observe(self, state: np.ndarray) -> np.ndarray:
+        return state[:, self.HIDDEN:]
 
     def reset(self, *, seed=None, options=None):
         """All copies to the start; `options={"task": (v*,)}` or `(±1,)` sets the task.
@@ -1304,7 +1311,7 @@ class Locomotion(VectorEnv):
                 self._rngs[k], _ = gym.utils.seeding.np_random(s)
             self._start(k)
         self._ended = np.zeros(self.num_envs, bool)
-        return self.observe(), {}
+        return self.observe(self.read(self._state)), {}
 
     def _start(self, k: int) -> None:
         d, rng = self.copies[k], self._rngs[k]
@@ -1316,18 +1323,19 @@ class Locomotion(VectorEnv):
     def step(self, actions):
         actions = np.minimum(np.maximum(np.asarray(actions, float), -1.0), 1.0)
         x, ended = self.read(self._x), self._ended
-        for k, d in enumerate(self.copies):
+        for k, (d, ctrl, action) in enumerate(zip(self.copies, self._ctrl, actions)):
             if ended[k]:                 # Gymnasium's next-step autoreset: a copy that
                 self._start(k)           # ended starts anew, its action ignored
             else:
-                d.ctrl = actions[k]
+                ctrl[:] = action
                 self.advance(d)
         velocity = (self.read(self._x) - x)[:, 0] / self.dt                    # (K,)
-        state, obs = self.read(self._state), self.observe()
+        state = self.read(self._state)
         finite = np.isfinite(state).all(1)
-        obs[~finite] = 0.0
         reward = np.where(finite & ~ended, self.reward(velocity, actions), 0.0)
         self._ended = ~(finite & self.healthy(state)) & ~ended
+        obs = self.observe(state)
+        obs[~finite] = 0.0
         return obs, reward, self._ended.copy(), np.zeros(self.num_envs, bool), {}
 
     def advance(self, d) -> None:
@@ -1378,8 +1386,8 @@ class AntVel(Locomotion):
         """Six numbers a body, the first body being the world: (K, 84)."""
         return np.clip(self.read(self._forces), -1.0, 1.0)
 
-    def observe(self):
-        return np.concatenate([super().observe(), self.contacts()[:, 6:]], 1)
+    def observe(self, state):
+        return np.concatenate([super().observe(state), self.contacts()[:, 6:]], 1)
 
     def advance(self, d):
         super().advance(d)
@@ -1613,6 +1621,7 @@ def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:
+    """A table with a header, atomically."""
     def write(beside):
         with open(beside, "w", newline="", encoding="utf-8") as f:
             csv.writer(f).writerows([header, *rows])
@@ -1620,6 +1629,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> No
 
 
 def write_evaluation(path: Path, method: str, returns: np.ndarray) -> None:
+    """One row for each held-out task (by its number) and step."""
     write_csv(path, ("method", "task", "step", "return"), [
         (method, task, step, float(value)) for task, row in enumerate(returns)
         for step, value in enumerate(row)])
@@ -1776,6 +1786,98 @@ def comparison_table(config: Config, tables: Sequence[tuple[str, np.ndarray]]) -
     return "\n".join(lines)
 
 
+# %% Part II: --render
+
+
+def walker_camera(xml: str, width: int = 320, height: int = 240) -> Callable:
+    """A function qpos → picture (height, width, 3), drawn without a window."""
+    mujoco, model = load_model(xml)
+    for backend in ("egl", "osmesa", "glfw"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                module = importlib.import_module(f"mujoco.{backend}")
+                gl = module.GLContext(width, height)
+                gl.make_current()
+                context = mujoco.MjrContext(model, 100)          # 100: size of its font
+            break
+        except Exception:                # of which type depends on what is missing
+            continue
+    else:
+        raise BadInput("--render: MuJoCo has nothing here to draw with: install EGL or "
+                       "OSMesa (Debian: libegl1, libosmesa6), or leave --render out")
+    mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
+    data, scene = mujoco.MjData(model), mujoco.MjvScene(model, 1000)
+    camera, rect = mujoco.MjvCamera(), mujoco.MjrRect(0, 0, width, height)
+    camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, 0    # it follows
+
+    def picture(qpos: np.ndarray) -> np.ndarray:
+        gl.make_current()
+        data.qpos[:], pixels = qpos, np.empty((height, width, 3), np.uint8)
+        mujoco.mj_forward(model, data)
+        mujoco.mjv_updateScene(model, data, mujoco.MjvOption(), None, camera,
+                               mujoco.mjtCatBit.mjCAT_ALL, scene)
+        for effect in ("mjRND_SHADOW", "mjRND_REFLECTION"):    # two thirds of the time
+            scene.flags[getattr(mujoco.mjtRndFlag, effect)] = False
+        mujoco.mjr_render(rect, scene, context)
+        mujoco.mjr_readPixels(pixels, None, rect, context)
+        return pixels[::-1]
+    return picture
+
+
+def plane_picture(path: np.ndarray, goal: np.ndarray, size: int = 240) -> np.ndarray:
+    """A walk in the plane so far, path (t, 2), and its goal, within ±0.75."""
+    from PIL import Image, ImageDraw
+    image = Image.new("RGB", (2 * size, 2 * size), "white")
+    draw, scale = ImageDraw.Draw(image), np.array([1, -1]) / 0.75
+    pixels = [tuple((size * (1 + scale * xy)).tolist())
+              for xy in (np.zeros(2), goal, *path)]
+    draw.line(pixels[2:], fill=PALETTE["maml"], width=4, joint="curve")
+    for at, radius, color in ((0, 6, "black"), (1, 12, "#d95f02"),
+                              (-1, 10, PALETTE["maml"])):
+        draw.circle(pixels[at], radius, fill=color)
+    return np.asarray(image.resize((size, size)))
+
+
+def render_gif(path: Path, config: Config, theta: Tensor, every: int = 2) -> None:
+    """One episode with θ beside one with θ′, on the first held-out task."""
+    from PIL import Image, ImageDraw
+    family, plane = family_of(config), config.task == "point2d"
+    policy, task, envs = (make_policy(family, config), family.test_tasks(1)[0],
+                          family.envs(1))
+    body, seed = envs.unwrapped, (config.seed, EVALUATION, 0)
+    camera = None if plane else walker_camera(body.XML)
+    data = sample_trajectories(
+        family, task, policy, theta, config.eval_episodes, seed=(*seed, 0),
+        horizon=config.horizon, gamma=config.gamma, lam=config.lam)
+    theta_prime = adapt(policy, theta, [data], config.eval_alpha, False,
+                        config.inner_loss).detach()
+    panels = []
+    for title, phi in (("before", theta), ("after one step", theta_prime)):
+        rng, total, states = random_stream(*seed, 1), 0.0, []
+        obs, _ = envs.reset(seed=[int(rng.integers(2**31))], options={"task": task})
+        act = policy.sampler(phi, rng)
+        for _ in range(config.horizon):
+            states.append(obs[0, :2] if plane else body.copies[0].qpos.copy())
+            obs, reward, terminated, _, _ = envs.step(act(obs))
+            total += float(reward[0])
+            if terminated[0]:
+                break
+        pictures = [plane_picture(np.array(states[:t + 1]), task) if plane
+                    else camera(states[t]) for t in range(0, len(states), every)]
+        panels.append((f"{title}: return {total:.1f}", pictures))
+    frames = []
+    for t in range(max(len(pictures) for _, pictures in panels)):
+        row = [pictures[min(t, len(pictures) - 1)] for _, pictures in panels]
+        frames.append(Image.fromarray(np.concatenate(row, axis=1)))
+        for k, (title, _) in enumerate(panels):
+            ImageDraw.Draw(frames[-1]).text((8 + k * row[0].shape[1], 6), title,
+                                            fill="black" if plane else "white")
+    write_atomically(path, lambda beside: frames[0].save(
+        beside, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+        duration=int(1000 * every * (0.05 if plane else body.dt))))
+
+
 # %% 11. Command line
 
 RUN_FILES = ("config.json", "checkpoint.pt", "progress.csv", "evaluation.csv",
@@ -1792,6 +1894,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
+    """"100,100" → (100, 100)."""
     return tuple(int(part) for part in text.split(","))
 
 
@@ -1824,6 +1927,8 @@ def build_parser() -> Parser:
         help="no training: table and figures of a saved θ")
     add("--compare", type=Path, nargs="+", metavar="DIR",
         help="put other runs' rows and curves into the table and figure")
+    add("--render", type=Path, metavar="FILE.gif",
+        help="at the end, draw an episode before and one after a gradient step")
     return parser
 
 
@@ -1883,6 +1988,7 @@ def resumed(folder: Path, given: dict) -> tuple[Config, TrainState | None]:
 
 
 def read_config(path: Path) -> Config | None:
+    """The settings in a run's config.json; None if there is none."""
     if not path.exists():
         return None
     try:
@@ -1897,6 +2003,7 @@ PROGRESS_HEADER = ("  iter   return before → after   surrogate      KL  trials
 
 
 def progress_line(row: dict[str, float], iterations: int, recent: float) -> str:
+    """What is printed of an iteration; `recent`: seconds an iteration takes now."""
     left = (iterations - 1 - row["iteration"]) * recent
     search = f"{row['line_search_steps']:6d}" if row["line_search_steps"] else "  none"
     return (f"{row['iteration'] + 1:6d}  {row['return_pre']:12.2f} → "
@@ -1967,7 +2074,7 @@ def prepare(options: dict[str, Any]) -> tuple[Config, Path, TrainState]:
     given = {name: value for name, value in options.items() if name in names}
     resume, folder = options.get("resume", False), options.get("out")
     if "evaluate" in options:
-        allowed = {*EVALUATION_FLAGS, "evaluate", "out", "compare", "task"}
+        allowed = {*EVALUATION_FLAGS, "evaluate", "out", "compare", "task", "render"}
         for name in sorted(set(options) - allowed):
             raise BadInput(f"--evaluate takes {name} from the file: leave it out")
         config, state = load_checkpoint(options["evaluate"])
@@ -1992,6 +2099,13 @@ def prepare(options: dict[str, Any]) -> tuple[Config, Path, TrainState]:
                        f"number of processes: start fewer")
     for other in options.get("compare", []):
         read_evaluation(other, config.task)
+    if "render" in options:                      # find out now, not after the training
+        if options["render"].exists():
+            raise BadInput(f"--render {options['render']}: that file is there already")
+        if not options["render"].resolve().parent.is_dir():
+            raise BadInput(f"--render {options['render']}: no such folder")
+        if config.task != "point2d":
+            walker_camera(family_of(config).envs(1).unwrapped.XML)
     make_folder(folder, resume)
     return config, folder, state
 
@@ -2007,6 +2121,8 @@ def run(options: dict[str, Any]) -> int:
             f"writes to {folder}")
         state = train_in_folder(config, folder, state)
     report(config, folder, state, options.get("compare", []))
+    if "render" in options and first_rank():
+        render_gif(options["render"], config, state.theta)
     say(f"\nDone in {time.perf_counter() - started:.0f} s. Files: {folder}")
     return 0
 
