@@ -793,12 +793,16 @@ def test_trpo_step_that_finds_no_curvature_is_skipped(monkeypatch):
     """xᵀHx ≤ 0 or NaN: θ stays, and the log says so."""
     config = tiny_config()
     policy, theta, data = sampled_problem(config)
+    def skipped():
+        new, stats = mt.trpo_meta_step(policy, theta, data, config)
+        return (torch.equal(new, theta) and stats["line_search_steps"] == 0
+                and stats["kl"] == 0)
     for bad in (-1.0, math.nan):
         monkeypatch.setattr(mt, "kl_hessian_product",
                             lambda *_: lambda v, bad=bad: bad * v)
-        new, stats = mt.trpo_meta_step(policy, theta, data, config)
-        assert torch.equal(new, theta)
-        assert stats["line_search_steps"] == 0 and stats["kl"] == 0
+        assert skipped()
+    monkeypatch.setattr(mt, "conjugate_gradient", lambda hvp, b, *_: (b, 2 * b))
+    assert skipped()                                         # xᵀHx = −b·b
 
 
 # %% Section 8: meta-training
@@ -828,6 +832,24 @@ def test_training_draws_new_tasks_every_iteration():
     assert len(seen) == 2 and len({tuple(g) for goals in seen for g in goals}) == 6
 
 
+def test_training_gives_every_task_and_phase_its_own_noise(monkeypatch):
+    """(action − mean)/std of the first steps: all different, over tasks, D and D′."""
+    seen, step = [], mt.trpo_meta_step
+
+    def spy(policy, theta, data, config):
+        for d in data:
+            phi = mt.adapt(policy, theta, d.inner, config.alpha, False).detach()
+            for t, part in ((theta, d.inner[0]), (phi, d.outer)):
+                pi = policy.distribution(t, part.obs[:, 0])
+                seen.append((part.act[:, 0] - pi.mean) / pi.base_dist.scale)
+        return step(policy, theta, data, config)
+    monkeypatch.setattr(mt, "trpo_meta_step", spy)
+    mt.train_maml(tiny_config())
+    noise = torch.cat(seen)                        # 2 iterations × 3 tasks × (D, D′) × 4
+    assert noise.shape == (48, 2)
+    assert (torch.cdist(noise, noise) + torch.eye(48)).min() > 1e-4
+
+
 def test_training_rows_have_the_columns_and_the_parts_add_up():
     _, rows = mt.train_maml(tiny_config(rollouts=20, horizon=50, hidden=(100, 100)))
     for row in rows:
@@ -845,6 +867,10 @@ def test_training_with_two_inner_steps_samples_each_with_its_own_policy():
     phi = mt.adapt(policy, theta, data.inner, config.alpha, False).detach()
     torch.testing.assert_close(data.old.mean,
                                policy.distribution(phi, data.outer.obs).mean)
+    task = mt.sample_goals(np.random.default_rng(0), config.meta_batch_size)[0]
+    again = mt.sample_trajectories(mt.TASKS["point2d"], task, policy, phi,
+                                   config.rollouts, seed=(0, 0, 2), horizon=7)
+    torch.testing.assert_close(again.act, data.outer.act)          # D′ is sampled with θ′
 
 
 def test_short_training_improves_the_return_after_adaptation():
