@@ -6,8 +6,6 @@ What this is
     arXiv 1703.03400v3): find parameters θ from which ONE policy-gradient step on a
     few episodes of a new task gives a good policy for that task.
 
-    Finite differences, conjugate gradient and line search are written out; every
-    function says which line of the paper it is and answers what readers ask.
     Q: Why does it not match the paper? (Q4)
     A: On 2D navigation it does: README has the numbers, with seeds, and notes.md the
        table of what paper, authors' code and this file do differently.
@@ -48,12 +46,9 @@ Symbols (letters are bound once; shapes stand at line ends)
     F   Fisher        (P,P)     Hessian of the KL at the adapted policy, never formed
     g   gradient      (P,)      of the meta-objective   x  step direction, x ≈ H⁻¹g
 
-Three voices in the comments
-    Paper:           what the paper says
-    Authors' code:   where the authors' repository (cbfinn/maml_rl) does otherwise
-    Here:            our choice and its reason
-Every such row stands in notes.md too, with the derivations, the answers to the
-pseudocode's open questions, the measured effects, and what each [tag] refers to.
+Three voices in the comments: `Paper:`; `Authors' code:`, where their repository
+(cbfinn/maml_rl) does otherwise; `Here:`, our choice and its reason. notes.md has all of
+them in one table, the derivations, and what each [tag] refers to.
 """
 from __future__ import annotations
 
@@ -91,18 +86,20 @@ class BadInput(ValueError):
     """Unusable input; the message says what, where, and what to do."""
 
 
-def setting(default, help: str, ok=None, must: str = "", choices=None) -> Any:
+def setting(default, help: str, rule=(None, ""), choices=None) -> Any:
     """One field of Config: default, help text with its source, and what it must be."""
-    return field(default=default, metadata=dict(
-        help=help, ok=ok, must=must, choices=choices))
+    return field(default=default, metadata=dict(help=help, rule=rule, choices=choices))
 
 
-POSITIVE = dict(ok=lambda x: 0 < x < math.inf, must="a finite number above 0")
-NOT_NEGATIVE = dict(ok=lambda x: 0 <= x < math.inf, must="a finite number, 0 or more")
-FRACTION = dict(ok=lambda x: 0 <= x <= 1, must="between 0 and 1")
-COUNT = dict(ok=lambda x: 1 <= x <= 10**9, must="a whole number, 1 or more")
-COUNT_OR_0 = dict(ok=lambda x: 0 <= x <= 10**9, must="a whole number, 0 or more")
+POSITIVE = (lambda x: 0 < x < math.inf, "a finite number above 0")
+NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
+FRACTION = (lambda x: 0 <= x <= 1, "between 0 and 1")
+RATIO = (lambda x: 0 < x < 1, "above 0 and below 1")
+COUNT = (lambda x: 1 <= x <= 10**9, "a whole number, 1 or more")
+COUNT_OR_0 = (lambda x: 0 <= x <= 10**9, "a whole number, 0 or more")
 HVPS = ("finite-difference", "double-backprop", "gauss-newton")
+SIZES = (lambda sizes: sizes and all(1 <= n <= 10**5 for n in sizes),
+         "whole numbers above 0, such as 100,100")
 
 
 @dataclass(frozen=True)
@@ -113,58 +110,51 @@ class Config:
     Raises BadInput, naming the field, if a value cannot be used.
     """
     task: str = setting("point2d", "task family")
-    method: str = setting(
-        "maml", "training method: MAML, or one of the paper's baselines [MAML §5.3]",
-        choices=("maml", "pretrained", "random", "oracle"))
-    seed: int = setting(0, "seed of everything random", **COUNT_OR_0)
-    iterations: int = setting(None, "meta-iterations [MAML Alg.3 l.2]", **COUNT_OR_0)
-    meta_batch_size: int = setting(None, "M, tasks a meta-iteration", **COUNT)
-    rollouts: int = setting(None, "K, episodes a task and policy", **COUNT)
-    horizon: int = setting(None, "H, steps an episode at most", **COUNT)
+    method: str = setting("maml", "MAML, or one of the paper's baselines [MAML §5.3]",
+                          choices=("maml", "pretrained", "random", "oracle"))
+    seed: int = setting(0, "seed of everything random", COUNT_OR_0)
+    iterations: int = setting(None, "meta-iterations [MAML Alg.3 l.2]", COUNT_OR_0)
+    meta_batch_size: int = setting(None, "M, tasks a meta-iteration", COUNT)
+    rollouts: int = setting(None, "K, episodes a task and policy", COUNT)
+    horizon: int = setting(None, "H, steps an episode at most", COUNT)
     # The inner step
-    alpha: float = setting(None, "α, inner step size", **NOT_NEGATIVE)
-    inner_steps: int = setting(1, "inner steps in training (paper: 1)", **COUNT)
+    alpha: float = setting(None, "α, inner step size", NOT_NEGATIVE)
+    inner_steps: int = setting(1, "inner steps in training (paper: 1)", COUNT)
     first_order: bool = setting(False, "drop the second derivatives: ∂θ′/∂θ = I")
     inner_loss: str = setting(
         "log-prob", "inner estimator: log π·Â (authors' code), or the ratio "
         "π/stop_grad(π)·Â (LVC of ProMP)", choices=("log-prob", "ratio"))
     # Credit
-    gamma: float = setting(0.99, "γ, discount (authors' code)", **FRACTION)
-    lam: float = setting(1.0, "λ of GAE (authors' code)", **FRACTION)
+    gamma: float = setting(0.99, "γ, discount (authors' code)", FRACTION)
+    lam: float = setting(1.0, "λ of GAE (authors' code)", FRACTION)
     # The policy
-    hidden: tuple = setting(
-        (100, 100), "hidden layer sizes (paper)",
-        ok=lambda sizes: sizes and all(1 <= n <= 10**5 for n in sizes),
-        must="whole numbers above 0, such as 100,100")
+    hidden: tuple = setting((100, 100), "hidden layer sizes (paper)", SIZES)
     activation: str = setting("relu", "hidden units (paper: relu)",
                               choices=("relu", "tanh"))
-    init_std: float = setting(None, "initial std of the actions", **POSITIVE)
+    init_std: float = setting(None, "initial std of the actions", POSITIVE)
     # TRPO
-    max_kl: float = setting(None, "δ, trust region on the adapted policies", **POSITIVE)
+    max_kl: float = setting(None, "δ, trust region on the adapted policies", POSITIVE)
     damping: float = setting(1e-5, "added to H's diagonal (authors' code)",
-                             **NOT_NEGATIVE)
-    cg_iterations: int = setting(10, "steps of conjugate gradient (authors' code)",
-                                 **COUNT)
+                             NOT_NEGATIVE)
+    cg_iterations: int = setting(10, "CG's steps (authors' code)", COUNT)
     cg_tolerance: float = setting(1e-10, "stop CG at r·r below this (authors' code)",
-                                  **NOT_NEGATIVE)
-    hvp: str = setting("finite-difference", "which Hessian-vector product",
-                       choices=HVPS)
+                                  NOT_NEGATIVE)
+    hvp: str = setting("finite-difference", "Hessian-vector product", choices=HVPS)
     fd_step: float = setting(0.01, "length of the move in θ that a finite difference "
-                             "makes (ours, measured: notes.md)", **POSITIVE)
+                             "makes (ours, measured: notes.md)", POSITIVE)
     backtrack_ratio: float = setting(
-        0.8, "line search: each trial's step over the last (authors' code)",
-        ok=lambda x: 0 < x < 1, must="above 0 and below 1")
+        0.8, "line search: each trial's step over the last (authors' code)", RATIO)
     backtrack_steps: int = setting(15, "line search: trials, the full step included "
-                                   "(authors' code)", **COUNT)
+                                   "(authors' code)", COUNT)
     # Evaluation and machine
-    eval_tasks: int = setting(40, "held-out tasks (paper)", **COUNT)
-    eval_episodes: int = setting(40, "episodes a task and step (paper, 2D)", **COUNT)
-    eval_steps: int = setting(3, "adaptation steps at evaluation", **COUNT_OR_0)
+    eval_tasks: int = setting(40, "held-out tasks (paper)", COUNT)
+    eval_episodes: int = setting(40, "episodes a task and step (paper, 2D)", COUNT)
+    eval_steps: int = setting(3, "adaptation steps at evaluation", COUNT_OR_0)
     eval_alpha: float = setting(
         None, "α of the first step at evaluation, halved from the second on "
-        "(paper); a given --alpha is the default", **NOT_NEGATIVE)
+        "(paper); a given --alpha is the default", NOT_NEGATIVE)
     workers: int = setting(None, "threads over tasks (default: the cores there are)",
-                           **COUNT)
+                           COUNT)
 
     @property
     def inner_updates(self) -> int:
@@ -172,19 +162,7 @@ class Config:
         return self.inner_steps if self.method == "maml" else 0
 
     def __post_init__(self):
-        if self.task not in PRESETS:
-            raise BadInput(f"unknown task {self.task!r}: choose from "
-                           f"{', '.join(PRESETS)}")
-        preset = {name: value for name, (value, _) in PRESETS[self.task].items()}
-        if self.alpha is not None:            # an α of one's own is for evaluation too
-            preset["eval_alpha"] = self.alpha
-        preset.setdefault("eval_alpha", preset["alpha"])
-        preset["workers"] = available_cores()
-        for name, value in preset.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        for f in dataclasses.fields(self):
-            check_setting(f, getattr(self, f.name))
+        complete(self)
 
 
 # task → {field: (value, source)}
@@ -241,27 +219,20 @@ class Point2D(VectorEnv):
     Reward (K,): −distance to the goal after the move. The goal is not observed: only
     the rewards tell it, which is what the inner step must find out.
 
-    Paper:         reward is the negative *squared* distance; the episode ends within
-                   0.01 of the goal.
-    Authors' code: reward is −distance, and the end is a box, |dx| and |dy| < 0.01
-                   [maml_rl point_env_randgoal.py]. The paper's numbers come from it:
-                   standing still scores −40.08 on its 40 goals, where its policy
-                   before adaptation scores −40.41.
-    Here:          as the authors' code. No time limit in here: H belongs to the MDP,
-                   and `task_rollout` counts it.
+    Paper:         the negative *squared* distance; it ends within 0.01 of the goal.
+    Authors' code: −distance, and the end is a box, |dx| and |dy| < 0.01 [maml_rl
+                   point_env_randgoal.py]. The paper's numbers come from it: standing
+                   still scores −40.08 on its 40 goals, its policy before adaptation
+                   −40.41.
+    Here:          as the authors' code. `task_rollout` counts the H steps.
     """
     MAX_STEP, GOAL_BOX = 0.1, 0.01
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
 
     def __init__(self, num_envs: int):
         self.num_envs = num_envs
-        box = gym.spaces.Box
-        self.single_observation_space = box(-np.inf, np.inf, (2,), np.float32)
-        self.single_action_space = box(-1.0, 1.0, (2,), np.float32)
-        self.observation_space = gym.vector.utils.batch_space(
-            self.single_observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(
-            self.single_action_space, num_envs)
+        set_spaces(self, gym.spaces.Box(-np.inf, np.inf, (2,), np.float32),
+                   gym.spaces.Box(-1.0, 1.0, (2,), np.float32))
         self.goal = np.zeros(2)
         self._position = np.zeros((num_envs, 2))
         self._ended = np.zeros(num_envs, bool)
@@ -316,10 +287,9 @@ class GaussianPolicy:
                    depend on the state, σ = 1 at first and never below 1e-6. The inner
                    step adapts log σ like all others [maml_rl maml_npo.py].
 
-    The pseudocode copies a network for every task and lets an optimizer change the copy
-    in place [notes l.36,42]. With θ a plain vector and the network a function of it, an
-    adapted policy is another vector, θ′ = θ − α∇L, and the graph from θ′ back to θ,
-    which the meta-gradient needs, is never cut.
+    With θ a plain vector and the network a function of it, an adapted policy is just
+    another vector, θ′ = θ − α∇L, and the graph from θ′ back to θ is never cut. (The
+    pseudocode copies a network and changes the copy in place: see `adapt`.)
 
     Any object with `init`, `distribution` and `sampler` can take this class's place.
     """
@@ -370,24 +340,8 @@ class GaussianPolicy:
         return self.unpack(theta.detach())[-1].exp().clamp(min=self.MIN_STD)
 
     def sampler(self, theta: Tensor, rng: np.random.Generator) -> Callable:
-        """A function obs (K, S) → actions (K, A), both numpy, drawn from π_θ.
-
-        The same network in numpy, whose calls cost a third of torch's on K = 20 rows;
-        rollouts make 4,000 of them an iteration. A test holds it to `distribution`.
-        """
-        *layers, log_std = [x.detach().numpy() for x in self.unpack(theta)]
-        std = np.exp(np.maximum(log_std, math.log(self.MIN_STD)))
-        activate = {F.relu: lambda x: np.maximum(x, 0, out=x), torch.tanh: np.tanh}[
-            self.activation]
-        weights, biases = [np.ascontiguousarray(w.T) for w in layers[::2]], layers[1::2]
-
-        def act(obs: np.ndarray) -> np.ndarray:
-            x = obs.astype(std.dtype, copy=False)
-            for weight, bias in zip(weights[:-1], biases[:-1]):
-                x = activate(x @ weight + bias)
-            mean = x @ weights[-1] + biases[-1]                                # (K, A)
-            return mean + std * rng.standard_normal(mean.shape, std.dtype)
-        return act
+        """A function obs (K, S) → actions (K, A), both numpy, drawn from π_θ."""
+        return numpy_sampler(self, theta, rng)
 
 
 class DiagonalGaussian(Independent):
@@ -465,8 +419,7 @@ def task_rollout(envs: VectorEnv, policy, theta: Tensor, task, horizon: int,
     act_on = policy.sampler(theta, rng)
     obs, _ = envs.reset(seed=rng.integers(2**31, size=K).tolist(),
                         options={"task": task})
-    # In memory one number of the observation after the other, each for all K·H samples:
-    # the order the policy's matrix products like best (a tenth of a gradient's time).
+    # Samples stand last in memory: the policy's products are faster so.
     dtype = np.float64 if theta.dtype == torch.float64 else np.float32
     all_obs, all_act = np.zeros((S, K, H), dtype), np.zeros((A, K, H), dtype)
     all_rew, mask = np.zeros((K, H), dtype), np.zeros((K, H), bool)
@@ -480,11 +433,9 @@ def task_rollout(envs: VectorEnv, policy, theta: Tensor, task, horizon: int,
         if not running.any():
             break
         obs = next_obs
-    for name, x in (("observation", all_obs), ("action", all_act), ("reward", all_rew)):
+    for x in (all_obs, all_act, all_rew):
         x[..., ~mask] = 0                      # what came after an episode's end
-        if not np.isfinite(x).all():
-            raise BadInput(f"task {task}: the {name}s are not all finite numbers: "
-                           f"check the environment's step()")
+    check_episodes(task, observation=all_obs, action=all_act, reward=all_rew)
     return Trajectories(*(torch.from_numpy(x) for x in (
         np.moveaxis(all_obs, 0, -1), np.moveaxis(all_act, 0, -1), all_rew,
         mask.astype(dtype))))
@@ -532,11 +483,9 @@ class LinearBaseline:
 
     Q: Which data is the baseline fitted on? (Q10)
     A: On the very episodes whose advantages it then gives, afresh for every task and
-       every inner step [maml_rl]. Spinning Up fits V *after* use [SpinUp VPG l.8], so
-       its baseline comes from earlier data; a new task has none. The price is a bias,
-       since the fit has seen the returns it is subtracted from: it falls as 1/K
-       (notes.md). With λ = 1, a baseline fitted on other data leaves the expectation of
-       the gradient unchanged.
+       every inner step [maml_rl]. Spinning Up fits V *after* use [SpinUp VPG l.8], on
+       earlier data; a new task has none. The price is a bias that falls as 1/K
+       (notes.md): the fit has seen the returns it is subtracted from.
     """
     RIDGE, CLIP = 1e-5, 10.0
 
@@ -567,10 +516,9 @@ def gae(rew: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> 
 
     All (K, H). With λ = 1, the authors' value, Â_t = R_t − V_t.
 
-    Truncation: V after step H is 0, and so is V after termination. H is part of the MDP
-    (the notes' first item) and the baseline sees t, so nothing comes after step H and
-    there is nothing to bootstrap. It would be a bug only for a time limit that is not
-    part of the task.
+    Truncation: V after step H is 0, as after termination: H is part of the MDP (the
+    notes' first item) and the baseline sees t, so there is nothing to bootstrap. It
+    would be a bug only for a time limit that is not part of the task.
     """
     values = values * mask
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
@@ -581,8 +529,8 @@ def gae(rew: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> 
 def standardise(adv: Tensor, mask: Tensor) -> Tensor:
     """(Â − mean)/(std + 1e-8) over one task's samples, (K, H) [maml_rl].
 
-    Here as in the authors' code: α is then relative to advantages of size 1, whatever
-    the rewards' scale. The paper does not mention it.
+    α is then relative to advantages of size 1, whatever the rewards' scale. The paper
+    does not mention it.
     """
     mean = masked_mean(adv, mask)
     std = masked_mean((adv - mean) ** 2, mask).sqrt()
@@ -606,24 +554,21 @@ def inner_loss(policy, theta: Tensor, trajectories: Trajectories,
 
     Only its gradient means anything: it estimates the gradient of Eq. 4 up to scale.
 
-    Paper:         Eq. 4 is −E[Σ_t R]: a sum over the H steps.
+    Paper:         Eq. 4 is −E[Σ_t R]: a sum over the H steps (as Spinning Up's).
     Authors' code: a mean over all K·H timesteps, of standardised advantages
                    [maml_rl maml_npo.py]; an α of theirs is an α/H of Eq. 4's.
-    Here:          as the authors' code. Spinning Up sums over t and averages over
-                   episodes: H times our gradient, when no episode ends early.
+    Here:          as the authors' code.
 
     `estimator="ratio"` replaces log π by π/stop_grad(π), the LVC estimator of ProMP: at
     this θ the same gradient, but another Hessian, and so another J.
 
     Q: Why REINFORCE inside and TRPO outside? (Q13)
-    A: The inner step must be differentiated, so it has to be one simple formula; a line
-       search has no derivative. The outer step is taken once, and may be as careful as
-       it likes.
+    A: The inner step must be differentiated, and a line search has no derivative. The
+       outer step is taken once, and may be as careful as it likes.
     Q: Which estimator? log π, ratio, DiCE, E-MAML? (Q11)
-    A: log π, as the paper and its code. log π, ratio and DiCE have the same gradient;
-       they differ in the second derivative, which J contains; E-MAML adds a term to the
-       outer gradient. notes.md ("The dropped term") takes them apart on an MDP small
-       enough to enumerate. None puts γᵗ in front: like the authors, nor do we.
+    A: log π, as the paper and its code. log π, ratio and DiCE have the same gradient
+       and differ in the second derivative, which J contains; E-MAML adds a term to the
+       outer gradient: see notes.md, "The dropped term". None puts γᵗ in front.
     """
     log_prob = policy.distribution(theta, trajectories.obs).log_prob(trajectories.act)
     if estimator == "ratio":
@@ -670,24 +615,13 @@ class TaskData:
     old: Distribution                # π_{θ′(θ_old)} on D′'s observations, detached
 
 
-def map_over_tasks(function: Callable, tasks: Sequence, workers: int = 1) -> list:
-    """[function(task) for task in tasks], on `workers` threads, in order.
-
-    Threads are enough: torch and MuJoCo let go of Python's lock inside their kernels.
-    """
-    if workers == 1:
-        return [function(task) for task in tasks]
-    return list(thread_pool(workers).map(function, tasks))
-
-
 def mean_over_tasks(function: Callable[[Any], Tensor], tasks: Sequence,
                     workers: int = 1) -> Tensor:
     """(1/M) Σ_i function(task i): every mean of the outer loop [MAML Alg.3 l.10].
 
-    The sum runs in task order and in float64, so the number of threads cannot change
-    the result. Under torchrun each process holds a share of the tasks, and this
-    all_reduce is all that travels between machines.
-    Paper: a sum over tasks. Here: their mean, which TRPO's step cannot tell apart.
+    The sum runs in task order and in float64: the number of threads cannot change it.
+    Under torchrun each process holds a share of the tasks, and this all_reduce is all
+    that travels. (The paper sums over tasks: TRPO's step cannot tell.)
     """
     results = map_over_tasks(function, tasks, workers)
     total = torch.stack([result.detach().double() for result in results]).sum(0)
@@ -708,10 +642,9 @@ def kl_old_new(old: Distribution, new: Distribution) -> Tensor:
     A: Old first, as TRPO. The two directions have the same Hessian at θ_old, the Fisher
        matrix, and differ from the third order on: the line search can tell.
     Q: Can it be had for a distribution without closed form? [notes l.59]
-    A: As the mean of log π_old(a) − log π_new(a) over actions drawn from π_old. Its
-       value at θ_old is exactly 0; its gradient, −mean ∇log π, is 0 only in
-       expectation; its Hessian, −mean ∇²log π, is the Fisher matrix only in
-       expectation.
+    A: As the mean of log π_old(a) − log π_new(a) over actions drawn from π_old. At
+       θ_old its value is exactly 0; its gradient, −mean ∇log π, and its Hessian,
+       −mean ∇²log π, are 0 and the Fisher matrix only in expectation.
     """
     return torch.distributions.kl_divergence(old, new)
 
@@ -736,8 +669,7 @@ def surrogate_and_kl(policy, theta: Tensor, task_data: TaskData, alpha: float,
     Both compare *adapted* policies, on the states these visit. The pseudocode takes
     the KL between a task's adapted policy and the meta-policy [notes l.48]: that
     bounds how far the inner step goes, not the meta-step. And it has no importance
-    ratio [notes l.54]: rewards are numbers that do not depend on θ, and with the log π
-    of l.11 in them the slope at θ_old may be right, but no value elsewhere is a return.
+    ratio [notes l.54], without which no value away from θ_old is a return.
 
     Q: Why run the inner update again in here? (Q8)
     A: The θ′ that sampled D′ is a vector without a graph. The outer gradient needs θ′
@@ -806,70 +738,24 @@ def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor,
            ∇²k = Jᵀ (∇²K) J + Σ_j (∂K/∂θ′_j) ∇²θ′_j,   ∇²θ′_j = −α ∂_j ∇²L,
        and that ∂_j∇²L is it. At θ_old each ∂K/∂θ′_j is 0: double backprop builds the
        third-order graph and multiplies it by zero. A difference of ∇k needs second
-       derivatives only.
+       derivatives only. (Part II has the exact products.)
     Q: What size is the KL's Hessian? (obs × obs) × act? [notes l.61]
-    A: P × P, parameters by parameters: here 10,604². It is never formed. It is that of
-       the mean over the samples of a task, then over tasks. (`kl_div.mean(axis=1)`
-       [notes l.60] would keep one number a task, and so one Hessian a task.)
-    Q: What are CG, Hessian-vector products, damping for? (Q7)
-    A: See `conjugate_gradient`.
-
+    A: P × P, here 10,604², never formed; that of the mean over a task's samples, then
+       over tasks. (`kl_div.mean(axis=1)` [notes l.60] would keep one for each task.)
     Authors' code: symmetric, with an ε of 1/‖θ‖ through a mixed-up argument, so a move
                    of ‖v‖/‖θ‖ that shrinks as CG proceeds [maml_rl
                    conjugate_gradient_optimizer.py].
-    Here:          one-sided, step 0.01. Measured on point2d in float32: 1-4 % error
-                   along g; ReLU's kinks set the limit, not rounding (figure in
-                   notes.md). At initialisation every episode starts where each unit's
-                   input is exactly 0, and the error *grows* as the step shrinks: 25 %
-                   at 0.001, 2.5 % at 0.01. CG's later directions fare worse, 8-9 %
-                   in the median; `--hvp gauss-newton` is exact, at twice the price.
+    Here:          one-sided, step 0.01: 1-4 % error along g on point2d, 8-9 % along
+                   CG's later directions. ReLU's kinks set the limit, not rounding: at
+                   initialisation, where all episodes start on them, the error *grows*
+                   as the step shrinks (2.5 % at 0.01, 25 % at 0.001; figure in
+                   notes.md). `--hvp gauss-newton` is exact, at twice the price.
     """
     eps = step / v.norm()
     if symmetric:
         return (grad_fn(theta + eps * v) - grad_fn(theta - eps * v)) / (2 * eps)
     ahead = grad_fn(theta + eps * v)
     return (ahead if grad_at_theta is None else ahead - grad_at_theta) / eps
-
-
-def double_backprop_product(function: Callable[[Tensor], Tensor], theta: Tensor,
-                            v: Tensor) -> Tensor:
-    """H·v = ∇(∇k·v), exactly; theta, v, result (P,). Third-order graph included."""
-    theta = theta.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(function(theta), theta, create_graph=True)
-    return torch.autograd.grad(grad @ v, theta)[0]
-
-
-def gauss_newton_product(policy, theta: Tensor, task_data: TaskData, v: Tensor,
-                         alpha: float, first_order: bool = False,
-                         estimator: str = "log-prob") -> Tensor:
-    """One task's Jᵀ(F(J·v)): exactly H·v at θ_old, with second derivatives only; (P,).
-
-    J = J_n···J_1, one factor I − α∇²L_i for each inner step. A factor is symmetric, so
-    the same reverse-mode product serves J (steps in order) and Jᵀ (in reverse order).
-    """
-    factors, theta_prime = [], theta.detach()       # (θ_i, ∇L_i(θ_i) with its graph)
-    for trajectories in [] if first_order else task_data.inner:
-        theta_i = theta_prime.requires_grad_()
-        loss = inner_loss(policy, theta_i, trajectories, estimator)
-        (grad,) = torch.autograd.grad(loss, theta_i, create_graph=True)
-        factors.append((theta_i, grad))
-        theta_prime = (theta_i - alpha * grad).detach()
-    if first_order:                                 # J = I
-        theta_prime = adapt(policy, theta, task_data.inner, alpha, False, estimator)
-
-    def times(factor, u):                           # u ↦ (I − α∇²L_i)·u
-        theta_i, grad = factor
-        return u - alpha * torch.autograd.grad(grad, theta_i, u, retain_graph=True)[0]
-
-    def kl(phi):                                    # K(φ); its Hessian at θ′: F
-        return mean_kl(policy.distribution(phi, task_data.outer.obs), task_data)
-
-    for factor in factors:
-        v = times(factor, v)                                                # J·v
-    v = double_backprop_product(kl, theta_prime, v)                         # F(J·v)
-    for factor in reversed(factors):
-        v = times(factor, v)                                                # Jᵀ(F(J·v))
-    return v
 
 
 def conjugate_gradient(hvp: Callable[[Tensor], Tensor], b: Tensor, iterations: int = 10,
@@ -885,8 +771,8 @@ def conjugate_gradient(hvp: Callable[[Tensor], Tensor], b: Tensor, iterations: i
        best one within the span of g, Hg, …, Hⁿ⁻¹g. Ten products do.
     Q: What are CG, HVP, damping for, and whose Hessian is it? (Q7)
     A: The Hessian of the mean KL between old and new *adapted* policies, as a function
-       of θ: it measures a step by what it does to the adapted policies. Damping adds
-       1e-5·I, so that directions in which the KL is flat do not give infinite steps.
+       of θ: it measures a step by what it does to them. Damping adds 1e-5·I, so that
+       directions in which the KL is flat do not give infinite steps.
     """
     x, r, p = torch.zeros_like(b), b, b
     rr = r @ r
@@ -920,8 +806,8 @@ def backtrack_line_search(evaluate: Callable[[Tensor], tuple[float, float]],
 
     Q: What does it check, and what if it fails? (Q6)
     A: That the surrogate fell AND the KL is within δ: the quadratic model behind the
-       step's scale is only local. Many implementations never look at the KL. If no
-       trial passes, θ stays what it was, and the log says so (line_search_steps 0).
+       step's scale is only local. If no trial passes, θ stays what it was, and the log
+       says so (line_search_steps 0).
     Q: `backtrack_line_search(kl_hessian, x)`? [notes l.65]
     A: It needs neither H nor a derivative, but the loss and δ, which the pseudocode
        does not give it; and every trial re-runs the inner step, see `surrogate_and_kl`.
@@ -939,8 +825,7 @@ def kl_hessian_product(policy, theta: Tensor, task_data: Sequence[TaskData],
     """v ↦ H·v of the mean KL at θ = θ_old, by the product that `config.hvp` names."""
     settings = config.alpha, config.first_order, config.inner_loss
 
-    def mean(function):
-        return mean_over_tasks(function, task_data, config.workers)
+    mean = functools.partial(mean_over_tasks, tasks=task_data, workers=config.workers)
 
     def kl(data):                                  # k(θ) = K(θ′(θ)) of one task
         return lambda t: mean_kl(adapted_distribution(
@@ -1028,10 +913,9 @@ def train_maml(config: Config, family: TaskFamily | None = None,
     A: Loudly: `updated_model_reward` and `kl_div` are never emptied, so the second
        iteration runs backward through a graph that is freed; `.mean(axis=1)` of a list
        [notes l.60] is an error at once. Silently: one fixed list of tasks in place of
-       fresh draws from p(T) [notes l.28]; no `zero_grad`, so a copy's inner and outer
-       gradients add up; one optimizer, which still holds the parameters of a model
-       that was replaced; the KL between adapted and meta-policy, no importance ratio,
-       a line search without loss and δ: see `surrogate_and_kl` and the line search.
+       draws from p(T) [notes l.28]; no `zero_grad`, so a copy's inner and outer
+       gradients add up; one optimizer, which still holds the parameters of a replaced
+       model; and see `surrogate_and_kl` and `backtrack_line_search`.
     """
     family = family or family_of(config)
     policy = make_policy(family, config)
@@ -1076,18 +960,121 @@ def meta_iteration(policy, family: TaskFamily, state: TrainState, config: Config
         row["return_post"] if better else state.best_return)
 
 
-PROGRESS_COLUMNS = (
-    "iteration", "return_pre", "return_post", "surrogate_before", "surrogate_after",
-    "kl", "line_search_steps", "cg_residual", "std_mean", "seconds_sampling",
-    "seconds_gradient", "seconds_cg", "seconds_line_search", "seconds_total")
-
-
 # =====================================================================================
 #   You can stop reading here. What follows is not the algorithm: the other tasks,
 #   evaluation and baselines, checkpoints, figures, the command line.
 # =====================================================================================
 
+# %% Part II: the two exact Hessian-vector products (--hvp), beside section 7's
+
+
+def double_backprop_product(function: Callable[[Tensor], Tensor], theta: Tensor,
+                            v: Tensor) -> Tensor:
+    """H·v = ∇(∇k·v), exactly; theta, v, result (P,). Third-order graph included."""
+    theta = theta.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(function(theta), theta, create_graph=True)
+    return torch.autograd.grad(grad @ v, theta)[0]
+
+
+def gauss_newton_product(policy, theta: Tensor, task_data: TaskData, v: Tensor,
+                         alpha: float, first_order: bool = False,
+                         estimator: str = "log-prob") -> Tensor:
+    """One task's Jᵀ(F(J·v)): exactly H·v at θ_old, with second derivatives only; (P,).
+
+    J = J_n···J_1, one factor I − α∇²L_i for each inner step. A factor is symmetric, so
+    the same reverse-mode product serves J (steps in order) and Jᵀ (in reverse order).
+    """
+    factors, theta_prime = [], theta.detach()       # (θ_i, ∇L_i(θ_i) with its graph)
+    for trajectories in task_data.inner:
+        theta_i = theta_prime.requires_grad_()
+        loss = inner_loss(policy, theta_i, trajectories, estimator)
+        (grad,) = torch.autograd.grad(loss, theta_i, create_graph=True)
+        factors.append((theta_i, grad))
+        theta_prime = (theta_i - alpha * grad).detach()
+    if first_order:
+        factors = []                                                           # J = I
+
+    def times(factor, u):                           # u ↦ (I − α∇²L_i)·u
+        theta_i, grad = factor
+        return u - alpha * torch.autograd.grad(grad, theta_i, u, retain_graph=True)[0]
+
+    def kl(phi):                                    # K(φ); its Hessian at θ′: F
+        return mean_kl(policy.distribution(phi, task_data.outer.obs), task_data)
+
+    for factor in factors:
+        v = times(factor, v)                                                # J·v
+    v = double_backprop_product(kl, theta_prime, v)                         # F(J·v)
+    for factor in reversed(factors):
+        v = times(factor, v)                                                # Jᵀ(F(J·v))
+    return v
+
+
 # %% Part II: machinery that Part I calls
+
+
+def complete(config: Config) -> None:
+    """Fill in the fields that are None from the task's preset; check every field."""
+    if config.task not in PRESETS:
+        raise BadInput(f"unknown task {config.task!r}: choose from "
+                       f"{', '.join(PRESETS)}")
+    preset = {name: value for name, (value, _) in PRESETS[config.task].items()}
+    if config.alpha is not None:              # an α of one's own is for evaluation too
+        preset["eval_alpha"] = config.alpha
+    preset.setdefault("eval_alpha", preset["alpha"])
+    preset["workers"] = available_cores()
+    for name, value in preset.items():
+        if getattr(config, name) is None:
+            object.__setattr__(config, name, value)
+    for f in dataclasses.fields(config):
+        check_setting(f, getattr(config, f.name))
+
+
+def map_over_tasks(function: Callable, tasks: Sequence, workers: int = 1) -> list:
+    """[function(task) for task in tasks], on `workers` threads, in order.
+
+    Threads are enough: torch and MuJoCo let go of Python's lock inside their kernels.
+    """
+    if workers == 1:
+        return [function(task) for task in tasks]
+    return list(thread_pool(workers).map(function, tasks))
+
+
+def numpy_sampler(policy: GaussianPolicy, theta: Tensor, rng: np.random.Generator,
+                  ) -> Callable:
+    """`GaussianPolicy.sampler`: the same network in numpy.
+
+    Numpy's calls cost a third of torch's on K = 20 rows, and rollouts make 4,000 of
+    them an iteration. A test holds it to `distribution`.
+    """
+    *layers, log_std = [x.detach().numpy() for x in policy.unpack(theta)]
+    std = np.exp(np.maximum(log_std, math.log(policy.MIN_STD)))
+    activate = {F.relu: lambda x: np.maximum(x, 0, out=x), torch.tanh: np.tanh}[
+        policy.activation]
+    weights, biases = [np.ascontiguousarray(w.T) for w in layers[::2]], layers[1::2]
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        x = obs.astype(std.dtype, copy=False)
+        for weight, bias in zip(weights[:-1], biases[:-1]):
+            x = activate(x @ weight + bias)
+        mean = x @ weights[-1] + biases[-1]                                    # (K, A)
+        return mean + std * rng.standard_normal(mean.shape, std.dtype)
+    return act
+
+
+def set_spaces(envs: VectorEnv, observation: gym.Space, action: gym.Space) -> None:
+    """Give a vector environment its spaces, of one copy and of all."""
+    batch = gym.vector.utils.batch_space
+    envs.single_observation_space, envs.single_action_space = observation, action
+    envs.observation_space = batch(observation, envs.num_envs)
+    envs.action_space = batch(action, envs.num_envs)
+
+
+def check_episodes(task, **recorded: np.ndarray) -> None:
+    """Raise BadInput, naming task and quantity, if a recorded number is not finite."""
+    for name, x in recorded.items():
+        if not np.isfinite(x).all():
+            raise BadInput(f"task {task}: the {name}s are not all finite numbers: "
+                           f"check the environment's step()")
 
 
 @contextmanager
@@ -1185,6 +1172,12 @@ def check_finite(what: str, x: Tensor) -> None:
         raise Diverged(f"{what} is not finite")
 
 
+PROGRESS_COLUMNS = (
+    "iteration", "return_pre", "return_post", "surrogate_before", "surrogate_after",
+    "kl", "line_search_steps", "cg_residual", "std_mean", "seconds_sampling",
+    "seconds_gradient", "seconds_cg", "seconds_line_search", "seconds_total")
+
+
 @dataclass(frozen=True)
 class TrainState:
     """Where a training stands: all that is needed to go on, bit for bit."""
@@ -1209,12 +1202,11 @@ def check_setting(f: dataclasses.Field, value) -> None:
     wrong_type = not isinstance(value, kind) or f.type != "bool" and any(
         isinstance(x, bool) or f.type == "tuple" and not isinstance(x, int)
         for x in numbers)
-    choices, ok = f.metadata["choices"], f.metadata["ok"]
+    choices, (ok, must) = f.metadata["choices"], f.metadata["rule"]
     if choices and (wrong_type or value not in choices):
         raise BadInput(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
     if wrong_type or ok and not ok(value):
-        must = f.metadata["must"] or f"of type {f.type}"
-        raise BadInput(f"{f.name} must be {must}, not {value!r}")
+        raise BadInput(f"{f.name} must be {must or f'of type {f.type}'}, not {value!r}")
 
 
 def available_cores() -> int:
@@ -1276,12 +1268,9 @@ class Locomotion(VectorEnv):
         self._x = [self.x_of(d) for d in self.copies]
         self._forces = [d.cfrc_ext.ravel() for d in self.copies]
         self.num_envs, box = num_envs, gym.spaces.Box
-        self.single_observation_space = box(
-            -np.inf, np.inf, self.observe(self.read(self._state)).shape[1:], np.float64)
-        self.single_action_space = box(-1.0, 1.0, (self.model.nu,), np.float32)
-        self.observation_space, self.action_space = (
-            gym.vector.utils.batch_space(space, num_envs)
-            for space in (self.single_observation_space, self.single_action_space))
+        size = self.observe(self.read(self._state)).shape[1:]
+        set_spaces(self, box(-np.inf, np.inf, size, np.float64),
+                   box(-1.0, 1.0, (self.model.nu,), np.float32))
         self.task = np.zeros(1)
         self._rngs: list = [None] * num_envs
         self._ended = np.zeros(num_envs, bool)
@@ -1410,10 +1399,9 @@ class TaskObserved(gym.vector.VectorObservationWrapper):
     def __init__(self, envs: VectorEnv, task_size: int):
         super().__init__(envs)
         old = envs.single_observation_space
-        self.single_observation_space = gym.spaces.Box(
-            -np.inf, np.inf, (old.shape[0] + task_size,), old.dtype)
-        self.observation_space = gym.vector.utils.batch_space(
-            self.single_observation_space, envs.num_envs)
+        set_spaces(self, gym.spaces.Box(
+            -np.inf, np.inf, (old.shape[0] + task_size,), old.dtype),
+            envs.single_action_space)
         self.task = np.zeros(task_size)
 
     def reset(self, *, seed=None, options=None):
