@@ -2079,7 +2079,7 @@ def test_pseudocode_kl_is_not_zero_and_its_hessian_is_not_the_metric():
 
 # %% The KL's Hessian: where the third derivative is, and what each product leaves out
 #
-# k(θ) = K(θ′(θ)), K(φ) = KL(π_old ‖ π_φ) averaged over D′. The oracle is written here a
+# k(θ) = κ(θ′(θ)), κ(φ) = KL(π_old ‖ π_φ) averaged over D′. The oracle is written here a
 # second time, from one flat vector up: network, log-density, inner loss, inner step (by
 # torch.func, where the file uses torch.autograd), KL. S 3, A 2, hidden 5 and 4, K 6,
 # H 7; P = 56, so that every P × P (and P × P × P) derivative can be had in full.
@@ -2623,7 +2623,7 @@ ALL_TASKS = ("point2d", *MJ_TASKS)
 
 def mj_envs(name, K):
     pytest.importorskip("mujoco")
-    return mt.TASKS[name].make_envs(K)
+    return mt.TASKS[name].make_envs(K).unwrapped
 
 
 def mj_family(name):
@@ -2684,6 +2684,20 @@ def test_walkers_match_gymnasium_step_by_step_over_whole_episodes(name):
             ended[k] = done
         ends += ended.sum()
     assert (ends > 2) == name.startswith("ant")           # both ways were seen
+
+
+@pytest.mark.parametrize("name, angles, speeds", [("cheetah-vel", 8, 9), ("ant-dir", 13, 14)])
+def test_policy_sees_a_tenth_of_each_velocity_and_all_else_as_gymnasium_gives_it(
+        name, angles, speeds):
+    envs = mt.TASKS[name].make_envs(2)
+    seen, _ = envs.reset(seed=[1, 2], options={"task": [1.0]})
+    for _ in range(5):
+        state = np.stack([d.qvel for d in envs.unwrapped.copies])
+        raw = envs.unwrapped.observe(envs.unwrapped.read(envs.unwrapped._state))
+        np.testing.assert_allclose(seen[:, angles:angles + speeds], state / 10, rtol=1e-12)
+        np.testing.assert_array_equal(seen[:, :angles], raw[:, :angles])
+        np.testing.assert_array_equal(seen[:, angles + speeds:], raw[:, angles + speeds:])
+        seen = envs.step(np.full((2, envs.unwrapped.model.nu), 0.5))[0]
 
 
 @pytest.mark.parametrize("name", ("cheetah-dir", "ant-vel"))
