@@ -4846,6 +4846,50 @@ def test_planted_bug_is_not_told_and_check_all_says_when_it_is_mended(
     assert "The bug is mended." in capsys.readouterr().out
 
 
+DYING_SCRIPT = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import maml_trpo as mt
+step, calls, dies = mt.trpo_meta_step, [], os.environ["RANK"] == sys.argv[2]
+
+def trpo_meta_step(*args):
+    calls.append(args)
+    if len(calls) == 3:                         # in the middle of the third iteration
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(float(sys.argv[3]))
+    return step(*args)
+
+mt.trpo_meta_step = trpo_meta_step
+sys.exit(mt.main(sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize("dies, seconds", [
+    (0, 5), pytest.param(0, 0, marks=slow), pytest.param(1, 0, marks=slow),
+    pytest.param(1, 5, marks=slow)])
+def test_killed_rank_ends_the_run_with_a_sentence_and_it_can_go_on(
+        tmp_path, dies, seconds):
+    """Under torchrun, SIGKILL: the other one is in gloo's call, or busy for 5 seconds."""
+    script, out = tmp_path / "ranks.py", tmp_path / "out"
+    script.write_text(DYING_SCRIPT)
+    args = ["--iterations", "5", *TINY, "--hvp", "gauss-newton"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         "--nproc-per-node=2", str(script), str(HERE), str(dies), str(seconds), *args,
+         "--out", str(out)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    said = [line for line in ended.stderr.splitlines() if line.startswith("maml_trpo.py")]
+    assert len(said) == 1 and "another process of this run ended" in said[0]
+    assert "--resume" in said[0] and 'maml_trpo.py", line' not in ended.stderr
+    assert mt.load_checkpoint(out / "checkpoint.pt")[1].iteration == 2
+    assert mt.main([*args, "--out", str(out), "--resume"]) == 0
+    config, state = mt.load_checkpoint(out / "checkpoint.pt")
+    theta, rows = mt.train_maml(config)                      # undisturbed, one process
+    assert len(state.rows) == len(rows) == 5
+    assert (state.theta - theta).norm() <= 1e-5 * theta.norm()
+
+
 # %% Long tests
 
 
