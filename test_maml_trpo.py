@@ -1074,57 +1074,108 @@ def test_every_public_function_has_a_docstring_and_lines_are_at_most_88_wide():
 
 # %% Many machines: real processes, gloo on the loopback address
 
-RANKS_SCRIPT = """
-import dataclasses, os, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-import maml_trpo as mt
-dtype = getattr(torch, sys.argv[2])
-config = mt.Config(iterations=3, meta_batch_size=5, rollouts=4, horizon=9, hidden=(8, 6),
-                   cg_iterations=4, workers=1, hvp=sys.argv[4])
-with mt.process_group():
-    policy = mt.make_policy(mt.family_of(config), config)
-    start = mt.TrainState.initial(policy, config)
-    start = dataclasses.replace(start, theta=start.theta.to(dtype))
-    theta, rows = mt.train_maml(config, start=start)
-    table = mt.adaptation_returns(policy, theta, mt.family_of(config), mt.paper_goals(4),
-                                  1, 3, 0.1, horizon=9)
-    if mt.first_rank():
-        torch.save((theta, [r["return_post"] for r in rows], table.tolist()), sys.argv[3])
-"""
-
-
-def start_ranks(ranks, *args, **kw):
-    """`python args` as `ranks` processes that find each other on the loopback address."""
+def in_ranks(ranks, function, **arguments):
+    """What `function`, a name of this file, returns in `ranks` fresh processes that find
+    each other on the loopback address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [subprocess.Popen(
-        [sys.executable, *map(str, args)],
+    code = (f"import json, sys; sys.path.insert(0, {str(HERE)!r}); "
+            f"import test_maml_trpo as t; "
+            f"print(json.dumps(t.{function}(**json.loads(sys.argv[1]))))")
+    started = [subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(arguments)], stdout=subprocess.PIPE,
         env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks),
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}, **kw)
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
         for rank in range(ranks)]
+    said = [process.communicate(timeout=600)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * ranks
+    return [json.loads(text.splitlines()[-1]) for text in said]
 
 
-def run_ranks(tmp_path, ranks, dtype, hvp="gauss-newton"):
-    """θ, returns and evaluation of three iterations on `ranks` processes."""
-    script, out = tmp_path / "script.py", tmp_path / f"{ranks}-{dtype}.pt"
-    script.write_text(RANKS_SCRIPT)
-    started = start_ranks(ranks, script, HERE, dtype, out, hvp)
-    assert [process.wait(timeout=100) for process in started] == [0] * ranks
-    return torch.load(out)
+def three_iterations(dtype):
+    """θ, returns and evaluation of a small run, on one process or on several."""
+    config = mt.Config(iterations=3, meta_batch_size=5, rollouts=4, horizon=9, workers=1,
+                       hidden=(8, 6), cg_iterations=4, hvp="gauss-newton")
+    with mt.process_group():
+        policy = mt.make_policy(mt.family_of(config), config)
+        start = mt.TrainState.initial(policy, config)
+        start = dataclasses.replace(start, theta=start.theta.to(getattr(torch, dtype)))
+        theta, rows = mt.train_maml(config, start=start)
+        table = mt.adaptation_returns(policy, theta, mt.family_of(config),
+                                      mt.paper_goals(4), 1, 3, 0.1, horizon=9)
+    return theta.tolist(), [row["return_post"] for row in rows], table.tolist()
 
 
 @pytest.mark.parametrize("dtype, tolerance, counts", [
     ("float64", 1e-9, (3,)), pytest.param("float64", 1e-9, (2,), marks=slow),
     pytest.param("float32", 1e-2, (2, 3), marks=slow)])
-def test_ranks_compute_the_same_run(tmp_path, dtype, tolerance, counts):
+def test_ranks_compute_the_same_run(dtype, tolerance, counts):
     """1, 2 and 3 processes: five tasks do not divide evenly."""
-    alone = run_ranks(tmp_path, 1, dtype)
+    alone = three_iterations(dtype)
     for ranks in counts:
-        for a, b in zip(alone, run_ranks(tmp_path, ranks, dtype)):
-            a, b = torch.as_tensor(a), torch.as_tensor(b)
-            assert (a - b).norm() <= tolerance * a.norm()
+        for one in in_ranks(ranks, "three_iterations", dtype=dtype):
+            for a, b in zip(alone, one):
+                a, b = (torch.tensor(x, dtype=torch.float64) for x in (a, b))
+                assert (a - b).norm() <= tolerance * a.norm()
+
+
+def test_meta_step_sums_twice_and_once_for_each_product_and_each_trial():
+    """What travels: P + 1 numbers a gradient or product, 3 a trial, all of float64."""
+    config = tiny_config(cg_iterations=4)
+    policy, theta, data = sampled_problem(config, dtype=torch.float32)
+    with mock.patch("torch.distributed.is_initialized", return_value=True), (
+            mock.patch("torch.distributed.all_reduce")) as all_reduce:
+        _, stats = mt.trpo_meta_step(policy, theta, data, config)
+    sent = [call.args[0] for call in all_reduce.call_args_list]
+    assert stats["line_search_steps"] > 0
+    assert [len(x) for x in sent] == [2] + [policy.num_params + 1] * (1 + 4) + (
+        [3] * stats["line_search_steps"])
+    assert all(x.dtype == torch.float64 for x in sent)
+
+
+DYING_SCRIPT = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import maml_trpo as mt
+step, calls, dies = mt.trpo_meta_step, [], os.environ["RANK"] == sys.argv[2]
+
+def trpo_meta_step(*args):
+    calls.append(args)
+    if len(calls) == 3:                         # in the middle of the third iteration
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(float(sys.argv[3]))
+    return step(*args)
+
+mt.trpo_meta_step = trpo_meta_step
+sys.exit(mt.main(sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize("dies, seconds", [
+    (0, 5), pytest.param(0, 0, marks=slow), pytest.param(1, 0, marks=slow),
+    pytest.param(1, 5, marks=slow)])
+def test_killed_rank_ends_the_run_with_a_sentence_and_it_can_go_on(
+        tmp_path, dies, seconds):
+    """Under torchrun, SIGKILL: the other one is in gloo's call, or busy for 5 seconds."""
+    script, out = tmp_path / "ranks.py", tmp_path / "out"
+    script.write_text(DYING_SCRIPT)
+    args = ["--iterations", "5", *TINY, "--hvp", "gauss-newton"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         "--nproc-per-node=2", str(script), str(HERE), str(dies), str(seconds), *args,
+         "--out", str(out)], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1
+    said = [line for line in ended.stderr.splitlines() if line.startswith("maml_trpo.py")]
+    assert len(said) == 1 and "another process of this run ended" in said[0]
+    assert "--resume" in said[0] and 'maml_trpo.py", line' not in ended.stderr
+    assert mt.load_checkpoint(out / "checkpoint.pt")[1].iteration == 2
+    assert mt.main([*args, "--out", str(out), "--resume"]) == 0
+    config, state = mt.load_checkpoint(out / "checkpoint.pt")
+    theta, rows = mt.train_maml(config)                      # undisturbed, one process
+    assert len(state.rows) == len(rows) == 5
+    assert (state.theta - theta).norm() <= 1e-5 * theta.norm()
 
 
 # %% An MDP small enough to enumerate: expectations without sampling
@@ -4852,64 +4903,6 @@ def test_planted_bug_is_not_told_and_check_all_says_when_it_is_mended(
     assert "The bug is mended." in capsys.readouterr().out
 
 
-def test_meta_step_sums_twice_and_once_for_each_product_and_each_trial():
-    """What travels: P + 1 numbers a gradient or product, 3 a trial, all of float64."""
-    config = tiny_config(cg_iterations=4)
-    policy, theta, data = sampled_problem(config, dtype=torch.float32)
-    with mock.patch("torch.distributed.is_initialized", return_value=True), (
-            mock.patch("torch.distributed.all_reduce")) as all_reduce:
-        _, stats = mt.trpo_meta_step(policy, theta, data, config)
-    sent = [call.args[0] for call in all_reduce.call_args_list]
-    assert stats["line_search_steps"] > 0
-    assert [len(x) for x in sent] == [2] + [policy.num_params + 1] * (1 + 4) + (
-        [3] * stats["line_search_steps"])
-    assert all(x.dtype == torch.float64 for x in sent)
-
-
-DYING_SCRIPT = """
-import os, signal, sys, time
-sys.path.insert(0, sys.argv[1])
-import maml_trpo as mt
-step, calls, dies = mt.trpo_meta_step, [], os.environ["RANK"] == sys.argv[2]
-
-def trpo_meta_step(*args):
-    calls.append(args)
-    if len(calls) == 3:                         # in the middle of the third iteration
-        if dies:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(float(sys.argv[3]))
-    return step(*args)
-
-mt.trpo_meta_step = trpo_meta_step
-sys.exit(mt.main(sys.argv[4:]))
-"""
-
-
-@pytest.mark.parametrize("dies, seconds", [
-    (0, 5), pytest.param(0, 0, marks=slow), pytest.param(1, 0, marks=slow),
-    pytest.param(1, 5, marks=slow)])
-def test_killed_rank_ends_the_run_with_a_sentence_and_it_can_go_on(
-        tmp_path, dies, seconds):
-    """Under torchrun, SIGKILL: the other one is in gloo's call, or busy for 5 seconds."""
-    script, out = tmp_path / "ranks.py", tmp_path / "out"
-    script.write_text(DYING_SCRIPT)
-    args = ["--iterations", "5", *TINY, "--hvp", "gauss-newton"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone",
-         "--nproc-per-node=2", str(script), str(HERE), str(dies), str(seconds), *args,
-         "--out", str(out)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1
-    said = [line for line in ended.stderr.splitlines() if line.startswith("maml_trpo.py")]
-    assert len(said) == 1 and "another process of this run ended" in said[0]
-    assert "--resume" in said[0] and 'maml_trpo.py", line' not in ended.stderr
-    assert mt.load_checkpoint(out / "checkpoint.pt")[1].iteration == 2
-    assert mt.main([*args, "--out", str(out), "--resume"]) == 0
-    config, state = mt.load_checkpoint(out / "checkpoint.pt")
-    theta, rows = mt.train_maml(config)                      # undisturbed, one process
-    assert len(state.rows) == len(rows) == 5
-    assert (state.theta - theta).norm() <= 1e-5 * theta.norm()
-
-
 # %% Long tests
 
 
@@ -4947,16 +4940,6 @@ def flops_of_cg():
         mt.gradient(lambda t: mt.surrogate_and_kl(policy, t, data[0], config.alpha)[1],
                     theta)
     return flops.get_total_flops() * len(data) * config.cg_iterations
-
-
-def in_ranks(ranks, function, **arguments):
-    """What `function`, a name of this file, returns in `ranks` fresh processes."""
-    code = (f"import json, sys; sys.path.insert(0, {str(HERE)!r}); "
-            f"import test_maml_trpo as t; "
-            f"print(json.dumps(t.{function}(**json.loads(sys.argv[1]))))")
-    started = start_ranks(ranks, "-c", code, json.dumps(arguments), text=True,
-                          stdout=subprocess.PIPE)
-    return [json.loads(process.communicate()[0]) for process in started]
 
 
 def iteration_seconds(**settings):
