@@ -61,6 +61,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -1105,14 +1106,23 @@ def thread_pool(workers: int) -> ThreadPoolExecutor:
 
 @contextmanager
 def process_group():
-    """Join the other processes that torchrun started; alone, do nothing."""
+    """Join the other processes that torchrun started; alone, do nothing.
+
+    When one of them dies, either gloo's next call fails or torchrun's SIGTERM comes
+    first: both raise RuntimeError, and `main` says what happened.
+    """
+    def stop(*_):
+        raise torch.distributed.DistError("torchrun sent SIGTERM")
+
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     torch.distributed.init_process_group("gloo")
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)   # this process is ending anyway
         torch.distributed.destroy_process_group()
 
 
@@ -2173,10 +2183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Diverged, OSError) as error:
         return fail(1, error)
     except RuntimeError as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if not isinstance(error, torch.distributed.DistError) and (
+                "gloo" not in str(error)):
             raise
-        return fail(1, f"another process of this run ended ({str(error)[:80]}); the "
-                       f"last checkpoint is intact, go on with --resume")
+        return fail(1, "another process of this run ended or cannot be reached, or "
+                       "torchrun was stopped; the last checkpoint, if there is one, is "
+                       "intact: go on with --resume and the --out of this run")
     except KeyboardInterrupt:
         return 130
 

@@ -2,7 +2,8 @@
 
     python -m pytest                        the fast suite (under 2 minutes on two cores)
     MAML_SLOW=1 python -m pytest            the long tests too
-    python test_maml_trpo.py benchmark      where the time of a meta-iteration goes
+    python test_maml_trpo.py benchmark      where the time of a meta-iteration goes;
+                                            `benchmark paper`: half-cheetah, full size
 
 Oracles are independent of the functions they test: plain loops, closed forms,
 torch.distributions, dense solves, central finite differences in float64. Sizes are
@@ -1073,52 +1074,108 @@ def test_every_public_function_has_a_docstring_and_lines_are_at_most_88_wide():
 
 # %% Many machines: real processes, gloo on the loopback address
 
-RANKS_SCRIPT = """
-import dataclasses, os, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-import maml_trpo as mt
-dtype = getattr(torch, sys.argv[2])
-config = mt.Config(iterations=3, meta_batch_size=5, rollouts=4, horizon=9, hidden=(8, 6),
-                   cg_iterations=4, workers=1, hvp=sys.argv[4])
-with mt.process_group():
-    policy = mt.make_policy(mt.family_of(config), config)
-    start = mt.TrainState.initial(policy, config)
-    start = dataclasses.replace(start, theta=start.theta.to(dtype))
-    theta, rows = mt.train_maml(config, start=start)
-    table = mt.adaptation_returns(policy, theta, mt.family_of(config), mt.paper_goals(4),
-                                  1, 3, 0.1, horizon=9)
-    if mt.first_rank():
-        torch.save((theta, [r["return_post"] for r in rows], table.tolist()), sys.argv[3])
-"""
-
-
-def run_ranks(tmp_path, ranks, dtype, hvp="gauss-newton"):
-    """θ, returns and evaluation of three iterations on `ranks` processes."""
-    script, out = tmp_path / "script.py", tmp_path / f"{ranks}-{dtype}.pt"
-    script.write_text(RANKS_SCRIPT)
+def in_ranks(ranks, function, **arguments):
+    """What `function`, a name of this file, returns in `ranks` fresh processes that find
+    each other on the loopback address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    code = (f"import json, sys; sys.path.insert(0, {str(HERE)!r}); "
+            f"import test_maml_trpo as t; "
+            f"print(json.dumps(t.{function}(**json.loads(sys.argv[1]))))")
     started = [subprocess.Popen(
-        [sys.executable, str(script), str(HERE), dtype, str(out), hvp],
+        [sys.executable, "-c", code, json.dumps(arguments)], stdout=subprocess.PIPE,
         env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks),
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
         for rank in range(ranks)]
-    assert [process.wait(timeout=100) for process in started] == [0] * ranks
-    return torch.load(out)
+    said = [process.communicate(timeout=600)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * ranks
+    return [json.loads(text.splitlines()[-1]) for text in said]
+
+
+def three_iterations(dtype):
+    """θ, returns and evaluation of a small run, on one process or on several."""
+    config = mt.Config(iterations=3, meta_batch_size=5, rollouts=4, horizon=9, workers=1,
+                       hidden=(8, 6), cg_iterations=4, hvp="gauss-newton")
+    with mt.process_group():
+        policy = mt.make_policy(mt.family_of(config), config)
+        start = mt.TrainState.initial(policy, config)
+        start = dataclasses.replace(start, theta=start.theta.to(getattr(torch, dtype)))
+        theta, rows = mt.train_maml(config, start=start)
+        table = mt.adaptation_returns(policy, theta, mt.family_of(config),
+                                      mt.paper_goals(4), 1, 3, 0.1, horizon=9)
+    return theta.tolist(), [row["return_post"] for row in rows], table.tolist()
 
 
 @pytest.mark.parametrize("dtype, tolerance, counts", [
     ("float64", 1e-9, (3,)), pytest.param("float64", 1e-9, (2,), marks=slow),
     pytest.param("float32", 1e-2, (2, 3), marks=slow)])
-def test_ranks_compute_the_same_run(tmp_path, dtype, tolerance, counts):
+def test_ranks_compute_the_same_run(dtype, tolerance, counts):
     """1, 2 and 3 processes: five tasks do not divide evenly."""
-    alone = run_ranks(tmp_path, 1, dtype)
+    alone = three_iterations(dtype)
     for ranks in counts:
-        for a, b in zip(alone, run_ranks(tmp_path, ranks, dtype)):
-            a, b = torch.as_tensor(a), torch.as_tensor(b)
-            assert (a - b).norm() <= tolerance * a.norm()
+        for one in in_ranks(ranks, "three_iterations", dtype=dtype):
+            for a, b in zip(alone, one):
+                a, b = (torch.tensor(x, dtype=torch.float64) for x in (a, b))
+                assert (a - b).norm() <= tolerance * a.norm()
+
+
+def test_meta_step_sums_twice_and_once_for_each_product_and_each_trial():
+    """What travels: P + 1 numbers a gradient or product, 3 a trial, all of float64."""
+    config = tiny_config(cg_iterations=4)
+    policy, theta, data = sampled_problem(config, dtype=torch.float32)
+    with mock.patch("torch.distributed.is_initialized", return_value=True), (
+            mock.patch("torch.distributed.all_reduce")) as all_reduce:
+        _, stats = mt.trpo_meta_step(policy, theta, data, config)
+    sent = [call.args[0] for call in all_reduce.call_args_list]
+    assert stats["line_search_steps"] > 0
+    assert [len(x) for x in sent] == [2] + [policy.num_params + 1] * (1 + 4) + (
+        [3] * stats["line_search_steps"])
+    assert all(x.dtype == torch.float64 for x in sent)
+
+
+DYING_SCRIPT = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import maml_trpo as mt
+step, calls, dies = mt.trpo_meta_step, [], os.environ["RANK"] == sys.argv[2]
+
+def trpo_meta_step(*args):
+    calls.append(args)
+    if len(calls) == 3:                         # in the middle of the third iteration
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(float(sys.argv[3]))
+    return step(*args)
+
+mt.trpo_meta_step = trpo_meta_step
+sys.exit(mt.main(sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize("dies, seconds", [
+    (0, 5), pytest.param(0, 0, marks=slow), pytest.param(1, 0, marks=slow),
+    pytest.param(1, 5, marks=slow)])
+def test_killed_rank_ends_the_run_with_a_sentence_and_it_can_go_on(
+        tmp_path, dies, seconds):
+    """Under torchrun, SIGKILL: the other one is in gloo's call, or busy for 5 seconds."""
+    script, out = tmp_path / "ranks.py", tmp_path / "out"
+    script.write_text(DYING_SCRIPT)
+    args = ["--iterations", "5", *TINY, "--hvp", "gauss-newton"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         "--nproc-per-node=2", str(script), str(HERE), str(dies), str(seconds), *args,
+         "--out", str(out)], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1
+    said = [line for line in ended.stderr.splitlines() if line.startswith("maml_trpo.py")]
+    assert len(said) == 1 and "another process of this run ended" in said[0]
+    assert "--resume" in said[0] and 'maml_trpo.py", line' not in ended.stderr
+    assert mt.load_checkpoint(out / "checkpoint.pt")[1].iteration == 2
+    assert mt.main([*args, "--out", str(out), "--resume"]) == 0
+    config, state = mt.load_checkpoint(out / "checkpoint.pt")
+    theta, rows = mt.train_maml(config)                      # undisturbed, one process
+    assert len(state.rows) == len(rows) == 5
+    assert (state.theta - theta).norm() <= 1e-5 * theta.norm()
 
 
 # %% An MDP small enough to enumerate: expectations without sampling
@@ -4876,42 +4933,146 @@ def test_main_job_reaches_its_returns(seed):
 # %% Benchmark
 
 
-def benchmark():
-    """Seconds of a meta-iteration by part, at the sizes of the paper's 2D task."""
-    from torch.utils.flop_counter import FlopCounterMode
-    torch.set_num_threads(1)
+def product_rate():
+    """FLOP/s of one core in the policy's largest product."""
     a, b = torch.randn(2000, 100), torch.randn(100, 100)
     times = []
     for _ in range(50):
-        started = time.perf_counter()
+        watch = mt.Stopwatch()
         for _ in range(20):
             a @ b
-        times.append((time.perf_counter() - started) / 20)
-    rate = 2 * 2000 * 100 * 100 / np.median(times)
-    print(f"{mt.available_cores()} cores; one product (2000×100)·(100×100), float32: "
-          f"{rate / 1e9:.0f} GFLOP/s a core")
+        times.append(watch.lap() / 20)
+    return 2 * 2000 * 100 * 100 / np.median(times)
+
+
+def flops_of_cg():
+    """What ten finite-difference products of point2d count."""
+    from torch.utils.flop_counter import FlopCounterMode
     config = mt.Config(workers=1)
     policy, theta, data = sampled_problem(config, dtype=torch.float32)
     with FlopCounterMode(display=False) as flops:
         mt.gradient(lambda t: mt.surrogate_and_kl(policy, t, data[0], config.alpha)[1],
                     theta)
-    per_product = flops.get_total_flops() * len(data)
-    for hvp in mt.HVPS:
-        for workers in (1, 2):
-            config = mt.Config(workers=workers, iterations=4 if hvp == mt.HVPS[0] else 2,
-                               hvp=hvp)
-            _, rows = mt.train_maml(config)
-            median = {k: np.median([row[k] for row in rows[1:]]) for k in rows[0]
-                      if k.startswith("seconds")}
-            total = median["seconds_total"]
-            print(f"{hvp}, {workers} worker{'s' if workers > 1 else ''}: {total:.2f} s a "
-                  f"meta-iteration = " + " + ".join(
-                      f"{k.removeprefix('seconds_')} {v:.2f} ({100 * v / total:.0f} %)"
-                      for k, v in median.items() if k != "seconds_total"))
-            if hvp == mt.HVPS[0]:
-                share = per_product * config.cg_iterations / median["seconds_cg"]
-                print(f"    CG runs at {100 * share / (rate * workers):.0f} % of the "
-                      f"product rate of {workers} core(s)")
+    return flops.get_total_flops() * len(data) * config.cg_iterations
+
+
+def iteration_seconds(**settings):
+    """In a process of its own: median seconds after the first iteration; peak memory."""
+    import resource
+    with mt.process_group():
+        _, rows = mt.train_maml(mt.Config(**settings))
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    median = {k.removeprefix("seconds_"): np.median([row[k] for row in rows[1:]])
+              for k in rows[0] if k.startswith("seconds")}
+    return median | dict(gigabytes=kilobytes * (1e-9 if sys.platform == "darwin" else
+                                                1024e-9))
+
+
+def reduce_seconds(sizes):
+    """In a process of its own: median seconds of an all_reduce of float64 numbers."""
+    with mt.process_group():
+        out = []
+        for size in sizes:
+            x, times, watch = torch.zeros(size).double(), [], mt.Stopwatch()
+            for _ in range(500):
+                torch.distributed.all_reduce(x)
+                times.append(watch.lap())
+            out.append(np.median(times[50:]))
+    return out
+
+
+WAYS = {"1 worker": (1, 1), "2 workers": (1, 2), "2 ranks": (2, 1)}
+
+
+def print_iterations(title, ways=tuple(WAYS), **settings):
+    """A meta-iteration by part, each way in fresh processes; → what each measured."""
+    measured = {}
+    for name in ways:
+        ranks, workers = WAYS[name]
+        here = in_ranks(ranks, "iteration_seconds", workers=workers, **settings)
+        m = measured[name] = here[0]
+        peak = " + ".join(f"{one['gigabytes']:.2f}" for one in here)
+        print(f"  {title:18} {name:10} {m['total']:6.2f} s = " + " + ".join(
+            f"{part} {m[part]:.2f} ({100 * m[part] / m['total']:.0f} %)" for part in
+            ("sampling", "gradient", "cg", "line_search")) + f"; peak {peak} GB",
+            flush=True)
+    alone = measured["1 worker"]
+    print("     from one to two: " + "; ".join(
+        f"{name[2:]} {speed_up:.2f} x, by Amdahl {100 * (2 / speed_up - 1):.0f} % serial"
+        for name in ways[1:] for speed_up in [alone["total"] / measured[name]["total"]])
+        + ("" if mt.TASKS[settings["task"]].threads else "; known: sampling, under "
+           f"threads, {100 * alone['sampling'] / alone['total']:.0f} % of the whole"))
+    return measured
+
+
+def print_sampling(task, name, H, rounds=8, K=20):
+    """Steps a second with the policy, against Gymnasium's env.step on one core.
+
+    All steps that the K copies make count, also those after an episode's early end.
+    """
+    family = mt.TASKS[task]
+    policy = mt.make_policy(family, mt.Config(task=task, rollouts=K))
+    env = gym.make(name).unwrapped
+    theta = policy.init(torch.Generator().manual_seed(0))
+    actions = np.random.default_rng(0).uniform(-1, 1, (K * H // 2, *env.action_space.shape))
+
+    def gymnasium():
+        env.reset(seed=0)
+        for action in actions:
+            if env.step(action)[2]:
+                env.reset()
+        return len(actions)
+
+    def ours(workers):
+        data = mt.map_over_tasks(lambda m: mt.task_rollout(
+            family.envs(K), policy, theta, [1.0], H, (m,)), range(workers), workers)
+        inside.append(float(data[0].mask.mean()))
+        return sum(K * float(d.mask.amax(0).sum()) for d in data)
+
+    rates, inside = [], []
+    with mt.one_thread_each():
+        for _ in range(rounds + 1):                           # in turns; one to warm up
+            watch, rates = mt.Stopwatch(), rates + [[]]
+            for sample in (gymnasium, lambda: ours(1), lambda: ours(2)):
+                rates[-1].append(sample() / watch.lap())
+    rates = np.array(rates[1:])
+    plain, one, two = np.median(rates, axis=0)
+    ratio = np.median(rates / rates[:, :1], axis=0) / [1, 1, 2]
+    print(f"  {name:15} env.step {plain:6,.0f}/s; sampling on 1 core {one:6,.0f}/s, "
+          f"{ratio[1]:.2f} of it; on 2 {two:6,.0f}/s, {ratio[2]:.2f} of it a core; "
+          f"{100 * np.mean(inside):.0f} % of the steps are inside episodes")
+
+
+def benchmark(size=""):
+    """Where the time goes, alone, on two threads, in two processes.
+
+    `paper`: half-cheetah at the paper's size only (minutes).
+    """
+    print(f"{mt.available_cores()} cores. Seconds of a meta-iteration:")
+    if size == "paper":
+        print_iterations("cheetah-dir, paper", iterations=2, task="cheetah-dir")
+        return
+    measured = print_iterations("point2d", task="point2d", iterations=4)
+    rate, flops = product_rate(), flops_of_cg()
+    print(f"     a product (2000×100)·(100×100) in float32: {rate / 1e9:.0f} GFLOP/s a "
+          "core; CG reaches " + ", ".join(
+              f"{100 * flops / m['cg'] / rate / int(name[0]):.0f} % ({name})"
+              for name, m in measured.items()))
+    print_iterations("cheetah-dir", task="cheetah-dir", iterations=3, horizon=100,
+                     meta_batch_size=20)
+    for hvp in mt.HVPS[1:]:
+        print_iterations(hvp, ("1 worker", "2 workers"), task="point2d", hvp=hvp,
+                         iterations=2)
+    print("Sampling, K 20, policy included:")
+    print_sampling("cheetah-dir", "HalfCheetah-v5", H=200)
+    print_sampling("ant-dir", "Ant-v5", H=100)
+    P = {task: mt.make_policy(mt.TASKS[task], mt.Config(task=task)).num_params
+         for task in ("point2d", "cheetah-dir", "ant-dir")}
+    sizes = [3] + [p + 1 for p in P.values()]
+    print("One all_reduce of float64 over 2 ranks, loopback: " + "; ".join(
+        f"{where} {n:,} numbers, {8 * n:,} bytes, {1e3 * seconds:.2f} ms"
+        for where, n, seconds in zip(["line search", *P], sizes,
+                                     in_ranks(2, "reduce_seconds", sizes=sizes)[0])))
 
 
 # %% The notes' figures and table about the Hessian
