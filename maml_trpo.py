@@ -1266,7 +1266,7 @@ class Locomotion(VectorEnv):
     solver's warm start, without which episodes drift away from Gymnasium's.
     """
     FRAME_SKIP, NOISE = 5, 0.1
-    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED}     # a copy that ended rests
     XML: str                        # a subclass says which model …
     HIDDEN: int                     # … how many coordinates are not observed: x (y) …
     x_of: Callable                  # … and where in an MjData the torso's x is: (1,)
@@ -1299,6 +1299,7 @@ class Locomotion(VectorEnv):
         """All copies to the start; `options={"task": (v*,)}` or `(±1,)` sets the task.
 
         `seed`: a number for each copy, from which its noise is drawn; s: s, s+1, ….
+        Gymnasium's `options={"reset_mask": (K,)}` keeps the others where they are.
         """
         if options and "task" in options:
             task = np.asarray(options["task"], float)
@@ -1308,11 +1309,12 @@ class Locomotion(VectorEnv):
             self.task = task
         if seed is None or isinstance(seed, (int, np.integer)):
             seed = [None if seed is None else seed + k for k in range(self.num_envs)]
-        for k, s in enumerate(seed):
-            if s is not None or self._rngs[k] is None:
-                self._rngs[k], _ = gym.utils.seeding.np_random(s)
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        for k in np.flatnonzero(mask):
+            if seed[k] is not None or self._rngs[k] is None:
+                self._rngs[k], _ = gym.utils.seeding.np_random(seed[k])
             self._start(k)
-        self._ended = np.zeros(self.num_envs, bool)
+        self._ended = self._ended & ~mask
         return self.observe(self.read(self._state)), {}
 
     def _start(self, k: int) -> None:
@@ -1325,17 +1327,15 @@ class Locomotion(VectorEnv):
     def step(self, actions):
         actions = np.minimum(np.maximum(np.asarray(actions, float), -1.0), 1.0)
         x, ended = self.read(self._x), self._ended
-        for k, (d, ctrl, action) in enumerate(zip(self.copies, self._ctrl, actions)):
-            if ended[k]:                 # Gymnasium's next-step autoreset: a copy that
-                self._start(k)           # ended starts anew, its action ignored
-            else:
+        for d, ctrl, action, rests in zip(self.copies, self._ctrl, actions, ended):
+            if not rests:
                 ctrl[:] = action
                 self.advance(d)
         velocity = (self.read(self._x) - x)[:, 0] / self.dt                    # (K,)
         state = self.read(self._state)
         finite = np.isfinite(state).all(1)
         reward = np.where(finite & ~ended, self.reward(velocity, actions), 0.0)
-        self._ended = ~(finite & self.healthy(state)) & ~ended
+        self._ended = ended | ~(finite & self.healthy(state))
         obs = self.observe(state)
         obs[~finite] = 0.0
         return obs, reward, self._ended.copy(), np.zeros(self.num_envs, bool), {}

@@ -2714,7 +2714,7 @@ def mj_config(name, **changes):
 @pytest.mark.parametrize("name", MJ_TASKS)
 def test_walkers_match_gymnasium_step_by_step_over_whole_episodes(name):
     """Same first states from the same seeds, then the same states, observations, ends;
-    rewards after the change of terms; and the same new start after an early end."""
+    rewards after the change of terms; rest after an early end, then the same new start."""
     K, H, seeds, task = 3, mt.TASKS[name].horizon, [11, 5, 2024], -1.0
     envs, ended = mj_envs(name, K), np.zeros(K, bool)
     twins = [mj_gymnasium(name) for _ in range(K)]
@@ -2728,8 +2728,8 @@ def test_walkers_match_gymnasium_step_by_step_over_whole_episodes(name):
         obs, reward, terminated, truncated, _ = envs.step(actions)
         for k, twin in enumerate(twins):
             a = np.clip(actions[k], -1, 1)
-            if ended[k]:
-                (o, _), r, done = twin.reset(), 0.0, False
+            if ended[k]:                                    # it rests until a reset
+                o, r, done = twin._get_obs(), 0.0, True
             else:
                 o, _, done, _, info = twin.step(a)
                 r = mj_reward(name, task, twin, info, a)
@@ -2739,7 +2739,12 @@ def test_walkers_match_gymnasium_step_by_step_over_whole_episodes(name):
             assert terminated[k] == done and not truncated[k]
             assert reward[k] == pytest.approx(r, rel=1e-12, abs=1e-12)
             ended[k] = done
-        ends += ended.sum()
+        if ended.sum() > 1:                             # those two start anew, alone
+            obs, _ = envs.reset(options={"reset_mask": ended})
+            for k in range(K):
+                o = twins[k].reset()[0] if ended[k] else twins[k]._get_obs()
+                np.testing.assert_array_equal(obs[k], o)
+            ends, ended = ends + 1, np.zeros(K, bool)
     assert (ends > 2) == name.startswith("ant")           # both ways were seen
 
 
@@ -2758,7 +2763,7 @@ def test_policy_sees_a_tenth_of_each_velocity_and_all_else_as_gymnasium_gives_it
 
 
 @pytest.mark.parametrize("name", ("cheetah-dir", "ant-vel"))
-def test_a_walker_that_is_no_longer_finite_ends_and_starts_anew(name):
+def test_a_walker_that_is_no_longer_finite_ends_and_rests_until_a_reset(name):
     envs = mj_envs(name, 3)
     envs.reset(seed=[1, 2, 3], options={"task": [1.0]})
     envs.copies[1].qvel[0] = np.nan
@@ -2767,7 +2772,9 @@ def test_a_walker_that_is_no_longer_finite_ends_and_starts_anew(name):
     assert terminated.tolist() == [False, True, False]
     assert reward[1] == 0 and np.isfinite(reward).all() and np.isfinite(obs).all()
     obs, reward, terminated, _, _ = envs.step(actions)
-    assert not terminated.any() and reward[1] == 0 and np.isfinite(obs).all()
+    assert terminated.tolist() == [False, True, False] and reward[1] == 0
+    obs, _ = envs.reset(options={"reset_mask": terminated})
+    assert not envs.step(actions)[2].any() and np.isfinite(obs).all()
     assert np.abs(obs[1]).sum() > 0 and np.isfinite(envs.copies[1].qpos).all()
 
 
@@ -2940,11 +2947,11 @@ def test_direction_tasks_are_two_and_alternate_at_evaluation(name):
 
 
 @pytest.mark.parametrize("name", MJ_TASKS)
-def test_locomotion_presets_are_the_papers(name):
+def test_locomotion_presets_are_the_papers_where_it_states_them_and_ours_elsewhere(name):
     config = mt.Config(task=name)
     assert (config.meta_batch_size, config.horizon, config.alpha) == (40, 200, 0.1)
     assert config.rollouts == (40 if name == "ant-dir" else 20)
-    assert config.max_kl == (0.02 if name == "cheetah-dir" else 0.01)
+    assert (config.max_kl, config.gamma, config.init_std) == (0.05, 0.95, 0.5)
     assert mt.TASKS[name].horizon == 200 and mt.TASKS[name].threads
 
 
