@@ -70,7 +70,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import gymnasium as gym
 import numpy as np
@@ -1514,6 +1514,36 @@ def make_policy(family: TaskFamily, config: Config) -> GaussianPolicy:
 # %% 9. Evaluation (MAML §5.3, App. A.2)
 
 
+def adaptation(policy, theta: Tensor, family: TaskFamily, task, steps: int,
+               episodes: int, alpha: float, *, horizon: int | None, gamma: float,
+               lam: float, estimator: str, seed: Sequence[int],
+               ) -> Iterator[tuple[Tensor, Trajectories]]:
+    """Adapt θ to one held-out task: yields (φ, fresh episodes with φ), steps + 1 times.
+
+    φ is θ at first. Its episodes make the next step: α for the first, then α/2.
+    """
+    phi = theta.detach()
+    for step in range(steps + 1):
+        data = sample_trajectories(
+            family, task, policy, phi, episodes, horizon=horizon, gamma=gamma, lam=lam,
+            seed=(*seed, step))
+        yield phi, data
+        if step < steps:
+            phi = adapt(policy, phi, [data], alpha if step == 0 else alpha / 2, False,
+                        estimator).detach()
+
+
+def adaptation_of(config: Config, theta: Tensor, m: int, steps: int,
+                  ) -> Iterator[tuple[Tensor, Trajectories]]:
+    """`adaptation` to held-out task m with a run's settings, for the figures."""
+    family = family_of(config)
+    return adaptation(
+        make_policy(family, config), theta, family, family.test_tasks(m + 1)[m], steps,
+        config.eval_episodes, config.eval_alpha, horizon=config.horizon,
+        gamma=config.gamma, lam=config.lam, estimator=config.inner_loss,
+        seed=(config.seed, EVALUATION, m))
+
+
 def adaptation_returns(policy, theta: Tensor, family: TaskFamily, tasks: Sequence,
                        steps: int = 3, episodes: int = 40, alpha: float = 0.1, *,
                        horizon: int | None = None, gamma: float = 0.99,
@@ -1538,15 +1568,9 @@ def adaptation_returns(policy, theta: Tensor, family: TaskFamily, tasks: Sequenc
     mine = share_of_tasks(len(tasks))
 
     def row(m: int) -> list[float]:
-        phi, out = theta.detach(), []
-        for step in range(steps + 1):
-            data = sample_trajectories(
-                family, tasks[m], policy, phi, episodes, horizon=horizon, gamma=gamma,
-                lam=lam, seed=(seed, EVALUATION, m, step))
-            out.append(data.mean_return())
-            phi = adapt(policy, phi, [data], alpha if step == 0 else alpha / 2, False,
-                        estimator).detach()
-        return out
+        return [data.mean_return() for _, data in adaptation(
+            policy, theta, family, tasks[m], steps, episodes, alpha, horizon=horizon,
+            gamma=gamma, lam=lam, estimator=estimator, seed=(seed, EVALUATION, m))]
     workers = workers if family.threads else 1
     return gather_over_tasks(map_over_tasks(row, mine, workers), mine, len(tasks))
 
@@ -1753,21 +1777,13 @@ def draw_adaptation(path: Path, config: Config,
 
 def draw_trajectories(path: Path, config: Config, theta: Tensor, goals: int = 4):
     """Paths in the plane before and after 1-3 steps, as the paper's Figure 4."""
-    family = family_of(config)
-    policy = make_policy(family, config)
     figure, axes = new_figure(goals, 3.1 * goals, 3.4)
-    for m, (ax, goal) in enumerate(zip(axes, family.test_tasks(goals))):
-        phi = theta
-        for step in range(config.eval_steps + 1):
-            data = sample_trajectories(
-                family, goal, policy, phi, config.eval_episodes, gamma=config.gamma,
-                lam=config.lam, horizon=config.horizon,
-                seed=(config.seed, EVALUATION, m, step))
+    for m, (ax, goal) in enumerate(zip(axes, family_of(config).test_tasks(goals))):
+        for step, (_, data) in enumerate(
+                adaptation_of(config, theta, m, config.eval_steps)):
             length = int(data.mask[0].sum())
             ax.plot(*data.obs[0, :length].T, linewidth=1.2, alpha=0.9,
                     color=f"C{step}", label=f"{step} steps" if step != 1 else "1 step")
-            alpha = config.eval_alpha if step == 0 else config.eval_alpha / 2
-            phi = adapt(policy, phi, [data], alpha, False, config.inner_loss).detach()
         ax.plot(*goal, "k*", markersize=11, label="goal")
         ax.plot(0, 0, "ko", markersize=4)
         ax.set(aspect="equal", xlabel="x", title=f"goal ({goal[0]:.2f}, {goal[1]:.2f})",
@@ -1872,13 +1888,9 @@ def render_gif(path: Path, config: Config, theta: Tensor, every: int = 2) -> Non
                           family.envs(1))
     body, seed = envs.unwrapped, (config.seed, EVALUATION, 0)
     camera = None if plane else walker_camera(body.XML)
-    data = sample_trajectories(
-        family, task, policy, theta, config.eval_episodes, seed=(*seed, 0),
-        horizon=config.horizon, gamma=config.gamma, lam=config.lam)
-    theta_prime = adapt(policy, theta, [data], config.eval_alpha, False,
-                        config.inner_loss).detach()
     panels = []
-    for title, phi in (("before", theta), ("after one step", theta_prime)):
+    for title, (phi, _) in zip(("before", "after one step"),
+                               adaptation_of(config, theta, 0, steps=1)):
         rng, total, states = random_stream(*seed, 1), 0.0, []
         obs, _ = envs.reset(seed=[int(rng.integers(2**31))], options={"task": task})
         act = policy.sampler(phi, rng)

@@ -2995,7 +2995,7 @@ def test_render_draws_an_episode_before_and_one_after_adaptation(name, tmp_path)
     family, K = mj_family(name), 3
     if name != "point2d":
         try:
-            mt.walker_camera(family.make_envs(1).XML, 32, 24)
+            mt.walker_camera(family.make_envs(1).unwrapped.XML, 32, 24)
         except mt.BadInput as error:
             pytest.skip(str(error))
     config = mj_config(name, eval_episodes=K, eval_alpha=3.0, horizon=6)
@@ -3174,8 +3174,7 @@ MUTANTS = [
     ("evaluation with α for every step", "alpha if step == 0 else alpha / 2, False,",
      "alpha, False,"),
     ("evaluation reuses one stream of random numbers",
-     "seed=(seed, EVALUATION, m, step))\n            out.append",
-     "seed=(seed, EVALUATION, m, 0))\n            out.append"),
+     "            seed=(*seed, step))\n        yield", "            seed=(*seed, 0))\n        yield"),
 ]
 
 # Changed, yet the same program: named here with the reason.
