@@ -62,6 +62,7 @@ import csv
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import math
 import os
@@ -69,6 +70,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -480,11 +482,9 @@ def task_rollout(envs: VectorEnv, policy, theta: Tensor, task, horizon: int,
         if not running.any():
             break
         obs = next_obs
-    for name, x in (("observation", all_obs), ("action", all_act), ("reward", all_rew)):
+    for x in (all_obs, all_act, all_rew):
         x[..., ~mask] = 0                      # what came after an episode's end
-        if not np.isfinite(x).all():
-            raise BadInput(f"task {task}: the {name}s are not all finite numbers: "
-                           f"check the environment's step()")
+    check_rollout(task, all_obs, all_act, all_rew)
     return Trajectories(*(torch.from_numpy(x) for x in (
         np.moveaxis(all_obs, 0, -1), np.moveaxis(all_act, 0, -1), all_rew,
         mask.astype(dtype))))
@@ -500,7 +500,8 @@ def sample_trajectories(family: TaskFamily, task, policy, theta: Tensor, K: int,
     """
     data = task_rollout(family.envs(K), policy, theta, task,
                         horizon or family.horizon, seed)
-    return assign_credit(data, gamma, lam)
+    check_finite(f"task {task}: the advantage", assign_credit(data, gamma, lam).adv)
+    return data
 
 
 # %% 4. Credit: returns, baseline, advantages (MAML §5.3; GAE; Duan et al. 2016)
@@ -1066,6 +1067,7 @@ def meta_iteration(policy, family: TaskFamily, state: TrainState, config: Config
 
     new_theta, stats = trpo_meta_step(policy, theta, data, config)             # l.10
     check_finite("θ", new_theta)
+    check_std(policy.std(new_theta))
     row.update(stats, std_mean=float(policy.std(new_theta).mean()),
                seconds_total=watch.lap())
     better = row["return_post"] > state.best_return
@@ -1132,7 +1134,7 @@ def first_rank() -> bool:
 
 
 def from_first_rank(function: Callable[[], Any]) -> Any:
-    """function() as process 0 computes it, on every process; its BadInput too."""
+    """function() as process 0 computes it, on every process; its BadInput ends all."""
     outcome = [None]
     if first_rank():
         try:
@@ -1143,7 +1145,7 @@ def from_first_rank(function: Callable[[], Any]) -> Any:
         torch.distributed.broadcast_object_list(outcome)
     value, error = outcome[0]
     if error:
-        raise error
+        raise error if first_rank() else SystemExit(2)             # said once is enough
     return value
 
 
@@ -1185,6 +1187,31 @@ def check_finite(what: str, x: Tensor) -> None:
         raise Diverged(f"{what} is not finite")
 
 
+def check_std(std: Tensor) -> None:
+    """Raise Diverged where σ (A,) is at its floor, where log σ has no gradient and so
+    could never rise again, or as far above 1."""
+    floor = GaussianPolicy.MIN_STD * (1 + 1e-3)               # in float32, and rounded
+    if not ((std > floor) & (std < 1 / floor)).all():
+        raise Diverged(f"the policy's std, {std.tolist()}, left the range from 1e-6 to "
+                       f"1e6: try a smaller --alpha or --max-kl")
+
+
+def check_rollout(task, obs: np.ndarray, act: np.ndarray, rew: np.ndarray) -> None:
+    """Name the first number that is not finite; obs (S, K, H), act (A, K, H), rew (K, H).
+
+    A bad observation or reward is the environment's fault, a bad action the policy's.
+    """
+    finite = np.stack([np.isfinite(obs).all(0), np.isfinite(act).all(0),
+                       np.isfinite(rew)], axis=1).T                         # (H, 3, K)
+    if not finite.all():
+        t, which, _ = np.argwhere(~finite)[0]
+        name = ("observation", "action", "reward")[which]
+        wrong = f"task {task}: the {name} at step {t} is not finite"
+        if name == "action":
+            raise Diverged(f"{wrong}: try a smaller --alpha or --max-kl")
+        raise BadInput(f"{wrong}: check the environment's reset() and step()")
+
+
 @dataclass(frozen=True)
 class TrainState:
     """Where a training stands: all that is needed to go on, bit for bit."""
@@ -1222,6 +1249,19 @@ def available_cores() -> int:
     cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
              else os.cpu_count() or 1)
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def check_memory(config: Config) -> None:
+    """Raise BadInput where the samples or the parameters alone outgrow the memory."""
+    steps = max((config.inner_updates + 1) * config.rollouts * config.horizon * len(
+        share_of_tasks(config.meta_batch_size)), config.eval_episodes * config.horizon)
+    weights = sum(a * b for a, b in zip((1, *config.hidden), (*config.hidden, 1)))
+    need = 16 * max(steps, 2 * weights, config.eval_tasks) / 2**30   # 4 numbers a step
+    have = (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+            if hasattr(os, "sysconf") else math.inf)
+    if need > have:
+        raise BadInput(f"these settings need {need:.0f} GB of memory or more, and there "
+                       f"are {have:.0f}: make rollouts, horizon, hidden or others smaller")
 
 
 # %% Part II: the paper's locomotion tasks (MAML §5.3)
@@ -1477,13 +1517,36 @@ def family_of(config: Config) -> TaskFamily:
 def make_policy(family: TaskFamily, config: Config) -> GaussianPolicy:
     """A policy that fits the family's spaces; raises BadInput where none does."""
     envs = family.envs(config.rollouts)
+    if not isinstance(envs, VectorEnv) or envs.num_envs != config.rollouts:
+        raise BadInput(f"{family.name}: make_envs({config.rollouts}) must return a "
+                       f"Gymnasium VectorEnv of {config.rollouts} copies")
     obs, act = envs.single_observation_space, envs.single_action_space
     for name, space in (("observation", obs), ("action", act)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             raise BadInput(f"{family.name}: the {name} space must be a Box with one "
                            f"dimension, not {space}: wrap the environment")
+    check_environment(family, envs)
     return GaussianPolicy(obs.shape[0], act.shape[0], config.hidden, config.activation,
                           config.init_std)
+
+
+def check_environment(family: TaskFamily, envs: VectorEnv) -> None:
+    """Raise BadInput unless reset and one step return what the spaces promise.
+
+    Whether `reset` heeds the task cannot be seen from here. Errors that an environment
+    raises later are passed on as they are, with their traceback.
+    """
+    K = envs.num_envs
+    (S,), (A,) = envs.single_observation_space.shape, envs.single_action_space.shape
+    try:
+        obs, _ = envs.reset(seed=[0] * K, options={"task": family.test_tasks(1)[0]})
+        results = (obs, *envs.step(np.zeros((K, A), np.float32))[:4])
+        shapes = [np.shape(x) for x in results]
+        if shapes != [(K, S), (K, S), (K,), (K,), (K,)]:
+            raise ValueError(f"the results' shapes are {shapes}")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{family.name}: reset() and step() must take and return what "
+                       f"Gymnasium says, in the spaces' shapes: {error}") from error
 
 
 # %% 9. Evaluation (MAML §5.3, App. A.2)
@@ -1578,15 +1641,18 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(beside, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, config: Config, state: TrainState) -> None:
     """The whole state, self-describing, atomically."""
-    content = dict(format=FORMAT, version=VERSION, task=config.task,
-                   config=dataclasses.asdict(config), **vars(state))
-    write_atomically(path, lambda beside: torch.save(content, beside))
+    content, data = dict(format=FORMAT, version=VERSION, task=config.task,
+                         config=dataclasses.asdict(config), **vars(state)), io.BytesIO()
+    torch.save(content, data)         # into memory: a full disk is then an OSError
+    write_atomically(path, lambda beside: beside.write_bytes(data.getvalue()))
 
 
 def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
@@ -1594,6 +1660,8 @@ def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
     def refuse(why):
         raise BadInput(f"{path}: {why}; it was left as it is") from None
     try:
+        if zipfile.ZipFile(path).testzip():            # torch.load checks no checksums
+            raise zipfile.BadZipFile
         content = torch.load(path, weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
@@ -1611,10 +1679,14 @@ def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
         state = TrainState(**{f.name: content[f.name]
                               for f in dataclasses.fields(TrainState)})
         P = make_policy(family_of(config), config).num_params
+        if math.isnan(state.best_return) or not (
+                len(state.rows) == len(state.spread) == state.iteration):
+            raise ValueError("its rows are not those of its iteration")
     except (KeyError, TypeError, ValueError) as error:
         refuse(f"a checkpoint with unusable content ({error})")
     for theta in (state.theta, state.best_theta):
         if not (isinstance(theta, Tensor) and theta.shape == (P,)
+                and theta.dtype in (torch.float32, torch.float64)
                 and torch.isfinite(theta).all()):
             refuse(f"its θ is not {P} finite numbers")
     return config, state
@@ -1647,7 +1719,9 @@ def read_evaluation(folder: Path, task: str) -> tuple[str, np.ndarray]:
         for row in rows:
             table[int(row["task"]), int(row["step"])] = float(row["return"])
         method = rows[0]["method"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        if not np.isfinite(table).all():
+            raise ValueError
+    except Exception:                # whatever a foreign file makes json and csv raise
         raise BadInput(f"--compare {folder}: no finished run there (it needs "
                        f"config.json and evaluation.csv)") from None
     if other != task:
@@ -1933,12 +2007,13 @@ def build_parser() -> Parser:
 
 
 def say(*text: str) -> None:
-    """Print, on one process; when nobody reads any more (`| head`), go on silently."""
+    """Print, on one process; go on silently when nobody reads any more (`| head`), or
+    the disk of a redirected output is full."""
     if not first_rank():
         return
     try:
         print(*text, flush=True)
-    except (BrokenPipeError, ValueError):
+    except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
@@ -1950,6 +2025,11 @@ def next_free(name: str) -> Path:
     return path
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files of processes that were killed while they wrote."""
+    return [path for name in RUN_FILES for path in folder.glob(f".{name}.*.tmp")]
+
+
 def make_folder(folder: Path, resume: bool) -> None:
     """Create the run's folder; BadInput if it cannot be written or holds a run."""
     there = [name for name in RUN_FILES if (folder / name).exists()]
@@ -1958,9 +2038,9 @@ def make_folder(folder: Path, resume: bool) -> None:
                        f"on with it, or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        (folder / f".config.json.{os.getpid()}.tmp").touch()
+        for path in leftovers(folder):
+            path.unlink()
     except OSError as error:
         raise BadInput(f"--out {folder} cannot be written ({error.strerror}): choose "
                        f"another folder") from None
@@ -1972,7 +2052,8 @@ def resumed(folder: Path, given: dict) -> tuple[Config, TrainState | None]:
         raise BadInput(f"--resume: there is no folder {folder}")
     if (folder / "checkpoint.pt").exists():
         config, state = load_checkpoint(folder / "checkpoint.pt")
-    elif (folder / "config.json").exists() or not any(folder.iterdir()):
+    elif (folder / "config.json").exists() or not (
+            set(folder.iterdir()) - set(leftovers(folder))):
         config, state = read_config(folder / "config.json") or Config(**given), None
     else:
         raise BadInput(f"--resume: {folder} holds files, but no run")
@@ -1994,7 +2075,7 @@ def read_config(path: Path) -> Config | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return Config(**content | {"hidden": tuple(content["hidden"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadInput(f"{path} is not a run's configuration ({error})") from None
 
 
@@ -2082,6 +2163,7 @@ def prepare(options: dict[str, Any]) -> tuple[Config, Path, TrainState]:
             raise BadInput(f"{options['evaluate']} is of {config.task}, not of "
                            f"{given['task']}")
         config = dataclasses.replace(config, **given)
+        check_memory(config)
         folder = folder or next_free(f"{config.task}-{config.method}-evaluated")
     else:
         config, state = Config(**given), None
@@ -2089,10 +2171,11 @@ def prepare(options: dict[str, Any]) -> tuple[Config, Path, TrainState]:
         folder = folder or (Path("runs") / name if resume else next_free(name))
         if resume:
             config, state = resumed(folder, given)
+        check_memory(config)
         if state is None:
             state = TrainState.initial(make_policy(family_of(config), config), config)
             if "init" in options:
-                state = start_from(options["init"], state)
+                state = start_from(options["init"], config, state)
     if torch.distributed.is_initialized() and (
             config.meta_batch_size < torch.distributed.get_world_size()):
         raise BadInput(f"meta_batch_size {config.meta_batch_size} is less than the "
@@ -2127,9 +2210,13 @@ def run(options: dict[str, Any]) -> int:
     return 0
 
 
-def start_from(path: Path, start: TrainState) -> TrainState:
+def start_from(path: Path, config: Config, start: TrainState) -> TrainState:
     """The state before the first iteration, with the θ that another run ended on."""
-    _, other = load_checkpoint(path)
+    theirs, other = load_checkpoint(path)
+    for name in ("task", "hidden", "activation"):
+        if getattr(theirs, name) != getattr(config, name):
+            raise BadInput(f"--init {path}: its {name} is {getattr(theirs, name)}, this "
+                           f"run's {getattr(config, name)}: they must be the same")
     if other.theta.shape != start.theta.shape:
         raise BadInput(f"--init {path}: its θ has {len(other.theta)} numbers, this "
                        f"run's policy {len(start.theta)}")
@@ -2143,8 +2230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
 
     def fail(status: int, message: object) -> int:
-        if os.environ.get("RANK", "0") == "0" or status == 1:
-            print(f"maml_trpo.py: {message}", file=sys.stderr)
+        print(f"maml_trpo.py: {message}", file=sys.stderr)
         return status
 
     try:
@@ -2155,9 +2241,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except BadInput as error:
         return fail(2, error)
-    except (Diverged, OSError) as error:
+    except Diverged as error:
         return fail(1, error)
-    except RuntimeError as error:
+    except OSError as error:
+        return fail(1, f"{error}; the last checkpoint is intact: mend the cause, then "
+                       f"go on with --resume")
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return fail(1, f"out of memory, choose smaller settings ({error!s:.80})")
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
         return fail(1, f"another process of this run ended ({str(error)[:80]}); the "

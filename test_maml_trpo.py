@@ -4846,6 +4846,92 @@ def test_planted_bug_is_not_told_and_check_all_says_when_it_is_mended(
     assert "The bug is mended." in capsys.readouterr().out
 
 
+# %% Faults: kills, full disks, bad input
+
+FAULT_RUN = ["--meta-batch-size", "2", "--rollouts", "2", "--horizon", "4", "--hidden",
+             "4", "--cg-iterations", "2", "--eval-tasks", "2", "--eval-episodes", "2",
+             "--iterations", "1", "--workers", "1"]
+NO_FIGURES = ("draw_learning_curve", "draw_adaptation", "draw_trajectories")
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Runs without drawing, which would take most of their time."""
+    for name in NO_FIGURES:
+        monkeypatch.setattr(mt, name, lambda *args: None)
+
+
+def fault_run(folder, *more) -> int:
+    return mt.main([*FAULT_RUN, "--out", str(folder), *map(str, more)])
+
+
+def outcome(folder: Path) -> list:
+    """All that a run computed: its whole state and tables, without the seconds."""
+    config, state = mt.load_checkpoint(folder / "checkpoint.pt")
+    with open(folder / "progress.csv", newline="", encoding="utf-8") as f:
+        progress = without_seconds(csv.DictReader(f))
+    return [config, state.iteration, state.theta.tolist(), without_seconds(state.rows),
+            state.spread, state.best_theta.tolist(), state.best_return, progress,
+            (folder / "evaluation.csv").read_text(encoding="utf-8"),
+            (folder / "config.json").read_text(encoding="utf-8")]
+
+
+def kills(count: str = "50") -> None:
+    """Kill a run at random moments, every other time in a write, and resume it."""
+    args = [*FAULT_RUN, "--iterations", "25"]
+    for name in NO_FIGURES:
+        setattr(mt, name, lambda *args: None)
+
+    def start(folder, *more) -> int:
+        if pid := os.fork():
+            return pid
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        os._exit(mt.main([*args, "--out", str(folder), *more]))
+
+    def ended(pid, how=0) -> bool:
+        return os.waitpid(pid, how)[0] == pid
+
+    rng, same, killed, in_a_write, at = random.Random(0), 0, 0, 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        whole, began = Path(folder) / "whole", time.perf_counter()
+        ended(start(whole))
+        expected, seconds = outcome(whole), time.perf_counter() - began
+        while killed < int(count):
+            run = Path(folder) / f"killed {killed}"
+            run.mkdir()
+            pid, moment = start(run), time.perf_counter() + rng.uniform(0, seconds)
+            while not (done := ended(pid, os.WNOHANG)) and not (
+                    time.perf_counter() > moment
+                    and (killed % 2 == 0 or any(run.glob(".*.tmp")))):
+                time.sleep(1e-4)
+            if done:                                       # it was faster: once more
+                shutil.rmtree(run)
+                continue
+            os.kill(pid, signal.SIGKILL)
+            ended(pid)
+            killed += 1
+            in_a_write += any(run.glob(".*.tmp"))
+            at.append(mt.load_checkpoint(run / "checkpoint.pt")[1].iteration
+                      if (run / "checkpoint.pt").exists() else -1)
+            ended(start(run, "--resume"))
+            same += outcome(run) == expected and not any(run.glob(".*.tmp"))
+    print(f"{same} of {killed} ended bit-identical; {in_a_write} were killed in a write; "
+          f"killed with checkpoint of iteration {sorted(at)} (-1: none)")
+    sys.exit(same < killed)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(50, marks=slow)])
+def test_killed_runs_end_bit_identical_when_resumed(count):
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    out = subprocess.run([sys.executable, __file__, "kills", str(count)],
+                         capture_output=True, text=True, timeout=900)
+    assert out.returncode == 0, out.stderr
+    assert f"{count} of {count} ended bit-identical" in out.stdout
+
+
 # %% Long tests
 
 
@@ -5296,7 +5382,8 @@ def figures() -> None:
 
 
 COMMANDS = {"benchmark": benchmark, "figures": figures, "costs": product_costs,
-            "quality": product_quality, "effects": effects, "mutants": mutants}
+            "quality": product_quality, "effects": effects, "mutants": mutants,
+            "kills": kills}
 EXERCISE_COMMANDS = ("exercises", "make", "check", "bug")
 
 
