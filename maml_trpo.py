@@ -1141,6 +1141,8 @@ def from_first_rank(function: Callable[[], Any]) -> Any:
             outcome = [(function(), None)]
         except BadInput as error:
             outcome = [(None, error)]
+        except OSError as error:                     # a path that no system can take
+            outcome = [(None, BadInput(f"{error}: choose another path"))]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(outcome)
     value, error = outcome[0]
@@ -1181,35 +1183,36 @@ class Diverged(RuntimeError):
     """Training produced numbers that are not finite; the message says which, when."""
 
 
+SMALLER = "try a smaller --alpha or --max-kl"
+
+
 def check_finite(what: str, x: Tensor) -> None:
     """Raise Diverged, naming the quantity, if x holds NaN or infinity."""
     if not torch.isfinite(x).all():
-        raise Diverged(f"{what} is not finite")
+        raise Diverged(f"{what} is not finite: {SMALLER}")
 
 
 def check_std(std: Tensor) -> None:
-    """Raise Diverged where σ (A,) is at its floor, where log σ has no gradient and so
-    could never rise again, or as far above 1."""
-    floor = GaussianPolicy.MIN_STD * (1 + 1e-3)               # in float32, and rounded
-    if not ((std > floor) & (std < 1 / floor)).all():
-        raise Diverged(f"the policy's std, {std.tolist()}, left the range from 1e-6 to "
-                       f"1e6: try a smaller --alpha or --max-kl")
+    """Raise Diverged if σ (A,) is at its floor, where log σ has no gradient to rise
+    again by, or as far above 1."""
+    if not (std.log().abs() < 0.999 * -math.log(GaussianPolicy.MIN_STD)).all():
+        raise Diverged(f"the policy's std {std.tolist()} is not between 1e-6 and 1e6: "
+                       f"{SMALLER}")
 
 
 def check_rollout(task, obs: np.ndarray, act: np.ndarray, rew: np.ndarray) -> None:
-    """Name the first number that is not finite; obs (S, K, H), act (A, K, H), rew (K, H).
+    """Name the first number that is not finite: obs (S, K, H), act (A, K, H), rew (K, H).
 
     A bad observation or reward is the environment's fault, a bad action the policy's.
     """
-    finite = np.stack([np.isfinite(obs).all(0), np.isfinite(act).all(0),
-                       np.isfinite(rew)], axis=1).T                         # (H, 3, K)
+    finite = np.stack([np.isfinite(x).all(0) for x in (obs, act, rew[None])])  # (3,K,H)
     if not finite.all():
-        t, which, _ = np.argwhere(~finite)[0]
-        name = ("observation", "action", "reward")[which]
-        wrong = f"task {task}: the {name} at step {t} is not finite"
-        if name == "action":
-            raise Diverged(f"{wrong}: try a smaller --alpha or --max-kl")
-        raise BadInput(f"{wrong}: check the environment's reset() and step()")
+        t, _, which = np.argwhere(~finite.T)[0]
+        error, name, what_to_do = (
+            (BadInput, "observation", "check the environment's reset() and step()"),
+            (Diverged, "action", SMALLER),
+            (BadInput, "reward", "check the environment's step()"))[which]
+        raise error(f"task {task}: the {name} at step {t} is not finite: {what_to_do}")
 
 
 @dataclass(frozen=True)
@@ -1522,9 +1525,10 @@ def make_policy(family: TaskFamily, config: Config) -> GaussianPolicy:
                        f"Gymnasium VectorEnv of {config.rollouts} copies")
     obs, act = envs.single_observation_space, envs.single_action_space
     for name, space in (("observation", obs), ("action", act)):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise BadInput(f"{family.name}: the {name} space must be a Box with one "
-                           f"dimension, not {space}: wrap the environment")
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or (
+                space.shape == (0,)):
+            raise BadInput(f"{family.name}: the {name} space must be a Box of one row "
+                           f"of numbers, not {space}: wrap the environment")
     check_environment(family, envs)
     return GaussianPolicy(obs.shape[0], act.shape[0], config.hidden, config.activation,
                           config.init_std)
@@ -1536,13 +1540,12 @@ def check_environment(family: TaskFamily, envs: VectorEnv) -> None:
     Whether `reset` heeds the task cannot be seen from here. Errors that an environment
     raises later are passed on as they are, with their traceback.
     """
-    K = envs.num_envs
-    (S,), (A,) = envs.single_observation_space.shape, envs.single_action_space.shape
+    K, like = envs.num_envs, envs.observation_space.shape
     try:
         obs, _ = envs.reset(seed=[0] * K, options={"task": family.test_tasks(1)[0]})
-        results = (obs, *envs.step(np.zeros((K, A), np.float32))[:4])
+        results = (obs, *envs.step(np.zeros(envs.action_space.shape, np.float32))[:4])
         shapes = [np.shape(x) for x in results]
-        if shapes != [(K, S), (K, S), (K,), (K,), (K,)]:
+        if shapes != [like, like, (K,), (K,), (K,)]:
             raise ValueError(f"the results' shapes are {shapes}")
     except (TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{family.name}: reset() and step() must take and return what "
@@ -2025,9 +2028,9 @@ def next_free(name: str) -> Path:
     return path
 
 
-def leftovers(folder: Path) -> list[Path]:
+def leftovers(folder: Path) -> set[Path]:
     """Temporary files of processes that were killed while they wrote."""
-    return [path for name in RUN_FILES for path in folder.glob(f".{name}.*.tmp")]
+    return {path for name in RUN_FILES for path in folder.glob(f".{name}.*.tmp")}
 
 
 def make_folder(folder: Path, resume: bool) -> None:
@@ -2052,8 +2055,8 @@ def resumed(folder: Path, given: dict) -> tuple[Config, TrainState | None]:
         raise BadInput(f"--resume: there is no folder {folder}")
     if (folder / "checkpoint.pt").exists():
         config, state = load_checkpoint(folder / "checkpoint.pt")
-    elif (folder / "config.json").exists() or not (
-            set(folder.iterdir()) - set(leftovers(folder))):
+    elif (folder / "config.json").exists() or (
+            set(folder.iterdir()) <= leftovers(folder)):
         config, state = read_config(folder / "config.json") or Config(**given), None
     else:
         raise BadInput(f"--resume: {folder} holds files, but no run")
@@ -2185,8 +2188,8 @@ def prepare(options: dict[str, Any]) -> tuple[Config, Path, TrainState]:
     if "render" in options:                      # find out now, not after the training
         if options["render"].exists():
             raise BadInput(f"--render {options['render']}: that file is there already")
-        if not options["render"].resolve().parent.is_dir():
-            raise BadInput(f"--render {options['render']}: no such folder")
+        options["render"].touch()
+        options["render"].unlink()
         if config.task != "point2d":
             walker_camera(family_of(config).envs(1).unwrapped.XML)
     make_folder(folder, resume)
