@@ -136,8 +136,8 @@ class Config:
     # The policy
     hidden: tuple = setting(
         (100, 100), "hidden layer sizes (paper)",
-        ok=lambda sizes: sizes and all(1 <= n <= 10**5 for n in sizes),
-        must="whole numbers above 0, such as 100,100")
+        ok=lambda sizes: sizes and all(1 <= n <= 10**4 for n in sizes),
+        must="whole numbers from 1 to 10000, such as 100,100")
     activation: str = setting("relu", "hidden units (paper: relu)",
                               choices=("relu", "tanh"))
     init_std: float = setting(None, "initial std of the actions", **POSITIVE)
@@ -187,6 +187,10 @@ class Config:
                 object.__setattr__(self, name, value)
         for f in dataclasses.fields(self):
             check_setting(f, getattr(self, f.name))
+        if (steps := self.horizon * max(self.meta_batch_size * self.rollouts,
+                                        self.eval_tasks * self.eval_episodes)) > 10**8:
+            raise BadInput(f"horizon × rollouts × meta_batch_size and horizon × "
+                           f"eval_episodes × eval_tasks are at most 10**8, not {steps}")
 
 
 # task → {field: (value, source)}
@@ -484,7 +488,7 @@ def task_rollout(envs: VectorEnv, policy, theta: Tensor, task, horizon: int,
         obs = next_obs
     for x in (all_obs, all_act, all_rew):
         x[..., ~mask] = 0                      # what came after an episode's end
-    check_rollout(task, all_obs, all_act, all_rew)
+    check_rollout(task, all_obs, all_act, all_rew[None])
     return Trajectories(*(torch.from_numpy(x) for x in (
         np.moveaxis(all_obs, 0, -1), np.moveaxis(all_act, 0, -1), all_rew,
         mask.astype(dtype))))
@@ -1193,26 +1197,23 @@ def check_finite(what: str, x: Tensor) -> None:
 
 
 def check_std(std: Tensor) -> None:
-    """Raise Diverged if σ (A,) is at its floor, where log σ has no gradient to rise
-    again by, or as far above 1."""
+    """Raise Diverged if σ (A,) is at its floor, where log σ has no gradient, or 1e6."""
     if not (std.log().abs() < 0.999 * -math.log(GaussianPolicy.MIN_STD)).all():
-        raise Diverged(f"the policy's std {std.tolist()} is not between 1e-6 and 1e6: "
-                       f"{SMALLER}")
+        raise Diverged(f"std {std.tolist()} is not between 1e-6 and 1e6: {SMALLER}")
 
 
-def check_rollout(task, obs: np.ndarray, act: np.ndarray, rew: np.ndarray) -> None:
-    """Name the first number that is not finite: obs (S, K, H), act (A, K, H), rew (K, H).
+def check_rollout(task, *recorded: np.ndarray) -> None:
+    """Name the first number that is not finite: obs (S,K,H), act (A,K,H), rew (1,K,H).
 
-    A bad observation or reward is the environment's fault, a bad action the policy's.
+    A bad action is the policy's fault, the others are the environment's.
     """
-    finite = np.stack([np.isfinite(x).all(0) for x in (obs, act, rew[None])])  # (3,K,H)
+    finite = np.stack([np.isfinite(x).all(0) for x in recorded])               # (3,K,H)
     if not finite.all():
-        t, _, which = np.argwhere(~finite.T)[0]
-        error, name, what_to_do = (
-            (BadInput, "observation", "check the environment's reset() and step()"),
-            (Diverged, "action", SMALLER),
-            (BadInput, "reward", "check the environment's step()"))[which]
-        raise error(f"task {task}: the {name} at step {t} is not finite: {what_to_do}")
+        step, _, which = np.argwhere(~finite.T)[0]
+        name = ("observation", "action", "reward")[which]
+        error, advice = ((Diverged, SMALLER) if name == "action" else
+                         (BadInput, "check the environment's reset() and step()"))
+        raise error(f"task {task}: the {name} at step {step} is not finite: {advice}")
 
 
 @dataclass(frozen=True)
@@ -1252,19 +1253,6 @@ def available_cores() -> int:
     cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
              else os.cpu_count() or 1)
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def check_memory(config: Config) -> None:
-    """Raise BadInput where the samples or the parameters alone outgrow the memory."""
-    steps = max((config.inner_updates + 1) * config.rollouts * config.horizon * len(
-        share_of_tasks(config.meta_batch_size)), config.eval_episodes * config.horizon)
-    weights = sum(a * b for a, b in zip((1, *config.hidden), (*config.hidden, 1)))
-    need = 16 * max(steps, 2 * weights, config.eval_tasks) / 2**30   # 4 numbers a step
-    have = (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-            if hasattr(os, "sysconf") else math.inf)
-    if need > have:
-        raise BadInput(f"these settings need {need:.0f} GB of memory or more, and there "
-                       f"are {have:.0f}: make rollouts, horizon, hidden or others smaller")
 
 
 # %% Part II: the paper's locomotion tasks (MAML §5.3)
@@ -1525,8 +1513,8 @@ def make_policy(family: TaskFamily, config: Config) -> GaussianPolicy:
                        f"Gymnasium VectorEnv of {config.rollouts} copies")
     obs, act = envs.single_observation_space, envs.single_action_space
     for name, space in (("observation", obs), ("action", act)):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or (
-                space.shape == (0,)):
+        if not isinstance(space, gym.spaces.Box) or not (
+                len(space.shape) == 1 <= space.shape[0]):
             raise BadInput(f"{family.name}: the {name} space must be a Box of one row "
                            f"of numbers, not {space}: wrap the environment")
     check_environment(family, envs)
@@ -1535,18 +1523,16 @@ def make_policy(family: TaskFamily, config: Config) -> GaussianPolicy:
 
 
 def check_environment(family: TaskFamily, envs: VectorEnv) -> None:
-    """Raise BadInput unless reset and one step return what the spaces promise.
+    """Raise BadInput unless reset and a first step keep to Gymnasium and the spaces.
 
-    Whether `reset` heeds the task cannot be seen from here. Errors that an environment
-    raises later are passed on as they are, with their traceback.
+    Whether `reset` heeds the task cannot be seen. Later errors pass as they are.
     """
-    K, like = envs.num_envs, envs.observation_space.shape
+    K, shape = envs.num_envs, envs.observation_space.shape
     try:
         obs, _ = envs.reset(seed=[0] * K, options={"task": family.test_tasks(1)[0]})
-        results = (obs, *envs.step(np.zeros(envs.action_space.shape, np.float32))[:4])
-        shapes = [np.shape(x) for x in results]
-        if shapes != [like, like, (K,), (K,), (K,)]:
-            raise ValueError(f"the results' shapes are {shapes}")
+        results = obs, *envs.step(np.zeros(envs.action_space.shape, np.float32))[:4]
+        if [np.shape(x) for x in results] != [shape, shape, (K,), (K,), (K,)]:
+            raise ValueError(f"shapes {[np.shape(x) for x in results]}")
     except (TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{family.name}: reset() and step() must take and return what "
                        f"Gymnasium says, in the spaces' shapes: {error}") from error
@@ -2010,8 +1996,7 @@ def build_parser() -> Parser:
 
 
 def say(*text: str) -> None:
-    """Print, on one process; go on silently when nobody reads any more (`| head`), or
-    the disk of a redirected output is full."""
+    """Print, on one process; go on silently if it fails (`| head`, or a full disk)."""
     if not first_rank():
         return
     try:
@@ -2166,7 +2151,6 @@ def prepare(options: dict[str, Any]) -> tuple[Config, Path, TrainState]:
             raise BadInput(f"{options['evaluate']} is of {config.task}, not of "
                            f"{given['task']}")
         config = dataclasses.replace(config, **given)
-        check_memory(config)
         folder = folder or next_free(f"{config.task}-{config.method}-evaluated")
     else:
         config, state = Config(**given), None
@@ -2174,7 +2158,6 @@ def prepare(options: dict[str, Any]) -> tuple[Config, Path, TrainState]:
         folder = folder or (Path("runs") / name if resume else next_free(name))
         if resume:
             config, state = resumed(folder, given)
-        check_memory(config)
         if state is None:
             state = TrainState.initial(make_policy(family_of(config), config), config)
             if "init" in options:
@@ -2216,13 +2199,11 @@ def run(options: dict[str, Any]) -> int:
 def start_from(path: Path, config: Config, start: TrainState) -> TrainState:
     """The state before the first iteration, with the θ that another run ended on."""
     theirs, other = load_checkpoint(path)
-    for name in ("task", "hidden", "activation"):
-        if getattr(theirs, name) != getattr(config, name):
-            raise BadInput(f"--init {path}: its {name} is {getattr(theirs, name)}, this "
-                           f"run's {getattr(config, name)}: they must be the same")
-    if other.theta.shape != start.theta.shape:
-        raise BadInput(f"--init {path}: its θ has {len(other.theta)} numbers, this "
-                       f"run's policy {len(start.theta)}")
+    old, new = ((c.task, c.hidden, c.activation, c.method == "oracle")
+                for c in (theirs, config))
+    if old != new:
+        raise BadInput(f"--init {path}: its task, hidden, activation and oracle are "
+                       f"{old}, this run's {new}: they must be the same")
     return dataclasses.replace(start, theta=other.theta, best_theta=other.theta)
 
 
@@ -2238,7 +2219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         options = vars(build_parser().parse_args(argv))
-        with process_group():
+        with process_group(), np.errstate(all="ignore"):      # the checks name them
             return run(options)
     except SystemExit as stop:                  # --help
         return int(stop.code or 0)
@@ -2257,7 +2238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(1, f"another process of this run ended ({str(error)[:80]}); the "
                        f"last checkpoint is intact, go on with --resume")
     except KeyboardInterrupt:
-        return 130
+        return fail(130, "interrupted; --resume goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m pytest                        the fast suite (under 2 minutes on two cores)
     MAML_SLOW=1 python -m pytest            the long tests too
     python test_maml_trpo.py benchmark      where the time of a meta-iteration goes
+    python test_maml_trpo.py kills 50       kill a run 50 times: does it end the same?
 
 Oracles are independent of the functions they test: plain loops, closed forms,
 torch.distributions, dense solves, central finite differences in float64. Sizes are
@@ -3100,6 +3101,16 @@ MUTANTS = [
     ("evaluation reuses one stream of random numbers",
      "seed=(seed, EVALUATION, m, step))\n            out.append",
      "seed=(seed, EVALUATION, m, 0))\n            out.append"),
+    # faults
+    ("numbers of a rollout are not checked",
+     "    check_rollout(task, all_obs, all_act, all_rew[None])\n", ""),
+    ("advantages are not checked", "check_finite(f\"task {task}: the advantage\", "
+     "assign_credit(data, gamma, lam).adv)", "assign_credit(data, gamma, lam)"),
+    ("a collapsed std goes on", "    check_std(policy.std(new_theta))\n", ""),
+    ("a damaged checkpoint is read", "if zipfile.ZipFile(path).testzip():", "if False:"),
+    ("half-written files pile up", "            path.unlink()\n", "            pass\n"),
+    ("a checkpoint is written in place", "        os.replace(beside, path)\n",
+     "        path.write_bytes(beside.read_bytes())\n"),
 ]
 
 # Changed, yet the same program: named here with the reason.
@@ -3154,7 +3165,7 @@ def mutants(*names: str) -> None:
 
 # Tests that are run first on a mutant: those that take no time.
 QUICK = ("not command and not short_training and not exercise and not every_mutant "
-         "and not ranks and not killed and not mdp and not pseudocode")
+         "and not ranks and not killed and not any_ and not mdp and not pseudocode")
 
 
 # %% Exercises 1: what a grader can say
@@ -4886,7 +4897,8 @@ OLD_LOCALE = {name: value for name, value in os.environ.items() if name != "DISP
 
 
 def kills(count: str = "50") -> None:
-    """Kill a run at random moments, every other time in a write, and resume it."""
+    """Kill a run at random moments, each second time while it writes a checkpoint, and
+    resume it."""
     args = [*FAULT_RUN, "--iterations", "25"]
     for name in NO_FIGURES:
         setattr(mt, name, lambda *args: None)
@@ -4902,7 +4914,8 @@ def kills(count: str = "50") -> None:
     def ended(pid, how=0) -> bool:
         return os.waitpid(pid, how)[0] == pid
 
-    rng, same, killed, in_a_write, at = random.Random(0), 0, 0, 0, []
+    rng, half_written = random.Random(0), ".checkpoint.pt.*.tmp"
+    same, killed, in_a_write, at = 0, 0, 0, []
     with tempfile.TemporaryDirectory(dir=os.getcwd()) as folder:
         whole, began = Path(folder) / "whole", time.perf_counter()
         ended(start(whole))
@@ -4913,7 +4926,7 @@ def kills(count: str = "50") -> None:
             pid, moment = start(run), time.perf_counter() + rng.uniform(0, seconds)
             while not (done := ended(pid, os.WNOHANG)) and not (
                     time.perf_counter() > moment
-                    and (killed % 2 == 0 or any(run.glob(".*.tmp")))):
+                    and (killed % 2 == 0 or any(run.glob(half_written)))):
                 time.sleep(1e-4)
             if done:                                       # it was faster: once more
                 shutil.rmtree(run)
@@ -4921,13 +4934,13 @@ def kills(count: str = "50") -> None:
             os.kill(pid, signal.SIGKILL)
             ended(pid)
             killed += 1
-            in_a_write += any(run.glob(".*.tmp"))
+            in_a_write += any(run.glob(half_written))
             at.append(mt.load_checkpoint(run / "checkpoint.pt")[1].iteration
                       if (run / "checkpoint.pt").exists() else -1)
             ended(start(run, "--resume"))
             same += outcome(run) == expected and not any(run.glob(".*.tmp"))
-    print(f"{same} of {killed} ended bit-identical; {in_a_write} were killed in a write; "
-          f"killed with checkpoint of iteration {sorted(at)} (-1: none)")
+    print(f"{same} of {killed} ended bit-identical; {in_a_write} were killed while they "
+          f"wrote a checkpoint; the last whole one was of iteration {sorted(at)} (-1: none)")
     sys.exit(same < killed)
 
 
@@ -4942,6 +4955,44 @@ def test_killed_runs_end_bit_identical_when_resumed(tmp_path, count):
                          capture_output=True, text=True, timeout=900, env=OLD_LOCALE)
     assert out.returncode == 0, out.stderr
     assert f"{count} of {count} ended bit-identical" in out.stdout
+
+
+@slow
+def test_ranks_end_when_one_is_killed_and_resume_to_rounding(tmp_path):
+    """Two processes of which one is killed; then both go on, to what one alone does."""
+    args = [*FAULT_RUN, "--iterations", "40", "--meta-batch-size", "3", "--hvp",
+            "gauss-newton", "--out"]
+
+    def start(*more):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return [subprocess.Popen(
+            [sys.executable, str(HERE / "maml_trpo.py"), *args, "both", *more],
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+            for rank in range(2)]
+    assert command(*args, "alone", cwd=tmp_path).returncode == 0
+    first, second = start()
+    progress = tmp_path / "both" / "progress.csv"
+    while not progress.exists() or progress.read_text().count("\n") < 4:
+        time.sleep(0.001)
+    second.kill()
+    error = first.communicate(timeout=100)[1]
+    second.communicate()
+    assert first.returncode == 1 and "go on with --resume" in error
+    assert "Traceback" not in error
+    state = mt.load_checkpoint(tmp_path / "both" / "checkpoint.pt")[1]
+    assert 3 <= state.iteration < 40
+    assert [process.wait(timeout=100) for process in start("--resume")] == [0, 0]
+    a, b = (mt.load_checkpoint(tmp_path / name / "checkpoint.pt")[1].theta
+            for name in ("alone", "both"))
+    assert (a - b).norm() <= 1e-2 * a.norm()
+    refused = start()
+    errors = [process.communicate(timeout=100)[1] for process in refused]
+    assert [process.returncode for process in refused] == [2, 2]
+    assert sum("already holds a run" in error for error in errors) == 1
 
 
 def test_resume_starts_a_run_that_was_killed_before_its_first_checkpoint(
@@ -5028,7 +5079,7 @@ def test_checkpoint_of_another_kind_is_refused_and_left(tmp_path, no_figures, ca
         assert path.read_bytes() == before
     torch.save(good, path)
     for more, words in ((["--activation", "tanh"], "activation"), (["--hidden", "5"],
-                        "hidden"), (["--method", "oracle"], "θ")):
+                        "hidden"), (["--method", "oracle"], "oracle")):
         assert fault_run(tmp_path / "i", "--init", path, *more) == 2
         assert words in capsys.readouterr().err
     class Command:                              # what a pickle may do, and ours may not
@@ -5177,10 +5228,10 @@ def test_bad_reward_is_named_with_iteration_task_and_step(reward, error, words):
 
 
 def test_bad_observation_is_the_environments_and_bad_action_the_policys():
-    obs, act, rew = np.zeros((2, 3, 5)), np.zeros((4, 3, 5)), np.zeros((3, 5))
+    obs, act, rew = np.zeros((2, 3, 5)), np.zeros((4, 3, 5)), np.zeros((1, 3, 5))
     mt.check_rollout(7, obs, act, rew)
     for array, index, error, words in (
-            (rew, (2, 3), mt.BadInput, "reward at step 3"),
+            (rew, (0, 2, 3), mt.BadInput, "reward at step 3"),
             (act, (1, 2, 3), mt.Diverged, "action at step 3"),
             (obs, (1, 2, 3), mt.BadInput, "observation at step 3"),
             (act, (0, 0, 1), mt.Diverged, "action at step 1")):    # what came first counts
@@ -5244,6 +5295,7 @@ def test_std_that_collapsed_or_exploded_stops_with_its_name(std):
 quickly = functools.partial(hypothesis.settings, derandomize=True, deadline=None,
                             database=None, suppress_health_check=list(
                                 hypothesis.HealthCheck))
+MORE = 10 if os.environ.get("MAML_SLOW") == "1" else 1
 WORDS = ["", " ", "-1", "0", "1", "2", "0.5", "1e-300", "1e30", "1e400", "nan", "inf",
          "-inf", "None", "true", "1,2", ",", "1,,2", "3,0", "a,b", "0x10", "1_0", "٣", "θ",
          "--", "-", "maml", "tanh", "ratio", "point2d", "cheetah", "gauss-newton",
@@ -5259,9 +5311,7 @@ def run_badly(args: list, folder: Path, capsys) -> int:
     """The command's status: 0, or 2 or 1 with one line; what is in `folder` stays."""
     before = files_of(folder)
     capsys.readouterr()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)            # overflow on the way
-        status = mt.main(args)
+    status = mt.main(args)
     error = capsys.readouterr().err
     assert status in (0, 2) or status == 1 and re.search("finite|std", error), error
     assert error.count("\n") == (status > 0) and "Traceback" not in error, error
@@ -5278,7 +5328,6 @@ def run_badly(args: list, folder: Path, capsys) -> int:
 def classroom(tmp_path, monkeypatch, no_figures):
     """A folder `kept` that holds what a student may name by mistake, and is guarded."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mt.os, "sysconf", lambda name: 2**15, raising=False)     # 1 GB
     kept = tmp_path / "kept"
     assert fault_run(kept / "run") == 0
     (kept / "foreign.txt").write_bytes(b"\xff\xfenot a run")
@@ -5288,7 +5337,8 @@ def classroom(tmp_path, monkeypatch, no_figures):
 
 
 def test_any_command_line_works_or_is_refused_in_one_sentence(classroom, capsys):
-    """500 command lines: every flag, with words that fit and words that do not."""
+    """500 command lines, 5,000 with MAML_SLOW=1: every flag, with words that fit and that
+    do not; counted are those refused (status 2) and those that ran."""
     paths = ["", ".", "missing", "kept", "kept/run", "kept/a/b", "kept/foreign.txt",
              "kept/foreign.txt/x", "kept/half.pt", "kept/run/checkpoint.pt", "/proc/x",
              "x" * 300, "θ 1", "new.gif", "kept/run/config.json", "-", "nowhere/x.gif"]
@@ -5304,7 +5354,7 @@ def test_any_command_line_works_or_is_refused_in_one_sentence(classroom, capsys)
                        draw.sampled_from(paths))
     loose = draw.sampled_from([("resume",), ("no-such",), ("",), ("resume", "x")])
 
-    @quickly(max_examples=500)
+    @quickly(max_examples=500 * MORE)
     @hypothesis.given(draw.lists(setting | path | loose, min_size=1, max_size=3))
     def check(flags):
         base = [] if any(flag[0] == "evaluate" for flag in flags) else FAULT_RUN
@@ -5314,7 +5364,7 @@ def test_any_command_line_works_or_is_refused_in_one_sentence(classroom, capsys)
             words += ["--out", f"new/{len(seen)}"]
         seen.append(run_badly([*base, *words], classroom, capsys))
     check()
-    assert len(seen) >= 500 and seen.count(2) > 200 and seen.count(0) > 20
+    assert len(seen) >= 500 and seen.count(2) > 400 and seen.count(0) > 10
 
 
 def test_any_damaged_file_is_refused_in_one_sentence(classroom, capsys):
@@ -5323,7 +5373,7 @@ def test_any_damaged_file_is_refused_in_one_sentence(classroom, capsys):
     whole = (classroom / "run" / "checkpoint.pt").read_bytes()
     expected = mt.load_checkpoint(classroom / "run" / "checkpoint.pt")
 
-    @quickly(max_examples=300)
+    @quickly(max_examples=150 * MORE)
     @hypothesis.given(draw.integers(0, len(whole) - 1), draw.integers(0, 255))
     def checkpoint(at, byte):
         path = Path("damaged.pt")
@@ -5337,12 +5387,12 @@ def test_any_damaged_file_is_refused_in_one_sentence(classroom, capsys):
             assert config == expected[0] and torch.equal(state.theta, expected[1].theta)
             assert state.rows == expected[1].rows
     checkpoint()
-    assert len(seen) > 100
+    assert len(seen) > 60
 
     run = Path("other")
     run.mkdir()
 
-    @quickly(max_examples=300)
+    @quickly(max_examples=150 * MORE)
     @hypothesis.given(draw.sampled_from(["config.json", "evaluation.csv"]),
                       draw.integers(0, 700), draw.sampled_from([
                           b"", b"\0", b"\xff", b"[" * 9000, b"-9", b"nan", b"null", b'"',
@@ -5361,7 +5411,7 @@ def test_any_damaged_file_is_refused_in_one_sentence(classroom, capsys):
             assert "\n" not in str(error)
             seen.append(error)
     text_files()
-    assert len(seen) > 250
+    assert len(seen) > 150
     (run / "config.json").write_text("[]")
     for args in ([*FAULT_RUN, "--out", "other", "--resume"], ["--evaluate", str(
             classroom / "run" / "checkpoint.pt"), "--compare", "other", "--out", "e"]):
@@ -5388,7 +5438,7 @@ def test_any_environment_trains_is_refused_or_raises_its_own_error():
         mode=[AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
     one = draw.sampled_from([(name, value) for name in parts for value in parts[name]])
 
-    @quickly(max_examples=100)
+    @quickly(max_examples=60 * MORE)
     @hypothesis.given(draw.lists(one, max_size=2, unique_by=lambda pair: pair[0]))
     def check(chosen):
         changes = dict(chosen)
@@ -5405,7 +5455,7 @@ def test_any_environment_trains_is_refused_or_raises_its_own_error():
             assert "raises" in changes or changes.get("mode") == AutoresetMode.DISABLED
         seen.append(changes)
     check()
-    assert len(seen) >= 90
+    assert len(seen) >= 60 * MORE
 
 
 def test_environments_own_error_keeps_its_traceback():
@@ -5422,11 +5472,10 @@ def test_environments_own_error_keeps_its_traceback():
 @pytest.mark.parametrize("flags", [
     ["--horizon", "1000000000"], ["--hidden", "100000,100000"], ["--rollouts", "1000000000"],
     ["--eval-episodes", "1000000000"], ["--meta-batch-size", "1000000000"]])
-def test_sizes_beyond_the_memory_are_refused_with_both_figures(tmp_path, capsys, flags):
-    with mock.patch.object(mt.os, "sysconf", lambda name: 2**17, create=True):    # 16 GB
-        assert fault_run(tmp_path / "run", *flags) == 2
+def test_sizes_beyond_any_memory_are_refused_by_name(tmp_path, capsys, flags):
+    assert fault_run(tmp_path / "run", *flags) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "GB" in error and "16" in error
+    assert error.count("\n") == 1 and flags[0][2:].replace("-", "_") in error
     assert not (tmp_path / "run").exists()
 
 
