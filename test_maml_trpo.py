@@ -3109,8 +3109,8 @@ MUTANTS = [
     ("a collapsed std goes on", "    check_std(policy.std(new_theta))\n", ""),
     ("a damaged checkpoint is read", "if zipfile.ZipFile(path).testzip():", "if False:"),
     ("half-written files pile up", "            path.unlink()\n", "            pass\n"),
-    ("a checkpoint is written in place", "        os.replace(beside, path)\n",
-     "        path.write_bytes(beside.read_bytes())\n"),
+    ("files are written in place", "        write(beside)\n",
+     "        write(path)\n        write(beside)\n"),
 ]
 
 # Changed, yet the same program: named here with the reason.
