@@ -5258,28 +5258,24 @@ def test_bad_products_skip_the_step_and_the_log_says_so(monkeypatch, product, re
 
 
 def test_surrogate_that_no_step_improves_skips_the_step(monkeypatch):
-    monkeypatch.setattr(mt, "meta_gradient", lambda policy, theta, *args: -GRADIENT(
-        policy, theta, *args))                                               # uphill
+    right = mt.meta_gradient
+    monkeypatch.setattr(mt, "meta_gradient", lambda *args: -right(*args))        # uphill
     theta, rows = train_toy(max_kl=1e-6)
     assert [row["line_search_steps"] for row in rows] == [0, 0]
     assert all(row["kl"] == 0 for row in rows)
 
 
-GRADIENT = mt.meta_gradient
-
-
-@pytest.mark.parametrize("name, words", [("meta_gradient", "the meta-gradient")])
 def test_gradient_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
-        tmp_path, monkeypatch, no_figures, capsys, name, words):
-    calls = []
+        tmp_path, monkeypatch, no_figures, capsys):
+    right, calls = mt.meta_gradient, []
 
     def broken(*args):
         calls.append(1)
-        return GRADIENT(*args) * (math.nan if len(calls) == 3 else 1)
+        return right(*args) * (math.nan if len(calls) == 3 else 1)
     monkeypatch.setattr(mt, "meta_gradient", broken)
     assert fault_run(tmp_path / "run", "--iterations", "3") == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"iteration 1: {words} is not finite" in error
+    assert error.count("\n") == 1 and "iteration 1: the meta-gradient is not finite" in error
     assert mt.load_checkpoint(tmp_path / "run" / "checkpoint.pt")[1].iteration == 1
 
 
@@ -5364,7 +5360,8 @@ def test_any_command_line_works_or_is_refused_in_one_sentence(classroom, capsys)
             words += ["--out", f"new/{len(seen)}"]
         seen.append(run_badly([*base, *words], classroom, capsys))
     check()
-    assert len(seen) >= 500 and seen.count(2) > 400 and seen.count(0) > 10
+    print(f"{len(seen)} command lines: {seen.count(2)} refused, {seen.count(0)} ran")
+    assert len(seen) >= 500 * MORE and seen.count(2) > 400 * MORE
 
 
 def test_any_damaged_file_is_refused_in_one_sentence(classroom, capsys):
