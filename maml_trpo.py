@@ -58,6 +58,7 @@ import csv
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import math
 import os
@@ -66,6 +67,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -100,8 +102,8 @@ RATIO = (lambda x: 0 < x < 1, "above 0 and below 1")
 COUNT = (lambda x: 1 <= x <= 10**9, "a whole number, 1 or more")
 COUNT_OR_0 = (lambda x: 0 <= x <= 10**9, "a whole number, 0 or more")
 HVPS = ("finite-difference", "double-backprop", "gauss-newton")
-SIZES = (lambda sizes: sizes and all(1 <= n <= 10**5 for n in sizes),
-         "whole numbers above 0, such as 100,100")
+SIZES = (lambda sizes: sizes and all(1 <= n <= 10**4 for n in sizes),
+         "whole numbers from 1 to 10000, such as 100,100")
 
 
 @dataclass(frozen=True)
@@ -438,7 +440,7 @@ def task_rollout(envs: VectorEnv, policy, theta: Tensor, task, horizon: int,
         obs = next_obs
     for x in (all_obs, all_act, all_rew):
         x[..., ~mask] = 0                      # what came after an episode's end
-    check_episodes(task, observation=all_obs, action=all_act, reward=all_rew)
+    check_rollout(task, all_obs, all_act, all_rew[None])
     return Trajectories(*(torch.from_numpy(x) for x in (
         np.moveaxis(all_obs, 0, -1), np.moveaxis(all_act, 0, -1), all_rew,
         mask.astype(dtype))))
@@ -454,7 +456,8 @@ def sample_trajectories(family: TaskFamily, task, policy, theta: Tensor, K: int,
     """
     data = task_rollout(family.envs(K), policy, theta, task,
                         horizon or family.horizon, seed)
-    return assign_credit(data, gamma, lam)
+    check_finite(f"task {task}: the advantage", assign_credit(data, gamma, lam).adv)
+    return data
 
 
 # %% 4. Credit: returns, baseline, advantages (MAML §5.3; GAE; Duan et al. 2016)
@@ -746,6 +749,9 @@ def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor,
     Q: What size is the KL's Hessian? (obs × obs) × act? [notes l.61]
     A: P × P, here 10,604², never formed; that of the mean over a task's samples, then
        over tasks. (`kl_div.mean(axis=1)` [notes l.60] would keep one for each task.)
+    Q: What are CG, Hessian-vector products, damping for? (Q7)
+    A: See `conjugate_gradient`.
+
     Authors' code: symmetric, with an ε of 1/‖θ‖ through a mixed-up argument, so a move
                    of ‖v‖/‖θ‖ that shrinks as CG proceeds [maml_rl
                    conjugate_gradient_optimizer.py].
@@ -954,6 +960,7 @@ def meta_iteration(policy, family: TaskFamily, state: TrainState, config: Config
 
     new_theta, stats = trpo_meta_step(policy, theta, data, config)             # l.10
     check_finite("θ", new_theta)
+    check_std(policy.std(new_theta))
     row.update(stats, std_mean=float(policy.std(new_theta).mean()),
                seconds_total=watch.lap())
     better = row["return_post"] > state.best_return
@@ -1031,6 +1038,11 @@ def complete(config: Config) -> None:
             object.__setattr__(config, name, value)
     for f in dataclasses.fields(config):
         check_setting(f, getattr(config, f.name))
+    steps = config.horizon * max(config.meta_batch_size * config.rollouts,
+                                 config.eval_tasks * config.eval_episodes)
+    if steps > 10**8:
+        raise BadInput(f"horizon × rollouts × meta_batch_size and horizon × "
+                       f"eval_episodes × eval_tasks are at most 10**8, not {steps}")
 
 
 def map_over_tasks(function: Callable, tasks: Sequence, workers: int = 1) -> list:
@@ -1071,14 +1083,6 @@ def set_spaces(envs: VectorEnv, observation: gym.Space, action: gym.Space) -> No
     envs.single_observation_space, envs.single_action_space = observation, action
     envs.observation_space = batch(observation, envs.num_envs)
     envs.action_space = batch(action, envs.num_envs)
-
-
-def check_episodes(task, **recorded: np.ndarray) -> None:
-    """Raise BadInput, naming task and quantity, if a recorded number is not finite."""
-    for name, x in recorded.items():
-        if not np.isfinite(x).all():
-            raise BadInput(f"task {task}: the {name}s are not all finite numbers: "
-                           f"check the environment's step()")
 
 
 @contextmanager
@@ -1132,18 +1136,20 @@ def first_rank() -> bool:
 
 
 def from_first_rank(function: Callable[[], Any]) -> Any:
-    """function() as process 0 computes it, on every process; its BadInput too."""
+    """function() as process 0 computes it, on every process; its BadInput ends all."""
     outcome = [None]
     if first_rank():
         try:
             outcome = [(function(), None)]
         except BadInput as error:
             outcome = [(None, error)]
+        except OSError as error:                     # a path that no system can take
+            outcome = [(None, BadInput(f"{error}: choose another path"))]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(outcome)
     value, error = outcome[0]
     if error:
-        raise error
+        raise error if first_rank() else SystemExit(2)             # said once is enough
     return value
 
 
@@ -1179,10 +1185,33 @@ class Diverged(RuntimeError):
     """Training produced numbers that are not finite; the message says which, when."""
 
 
+SMALLER = "try a smaller --alpha or --max-kl"
+
+
 def check_finite(what: str, x: Tensor) -> None:
     """Raise Diverged, naming the quantity, if x holds NaN or infinity."""
     if not torch.isfinite(x).all():
-        raise Diverged(f"{what} is not finite")
+        raise Diverged(f"{what} is not finite: {SMALLER}")
+
+
+def check_std(std: Tensor) -> None:
+    """Raise Diverged if σ (A,) is at its floor, where log σ has no gradient, or 1e6."""
+    if not (std.log().abs() < 0.999 * -math.log(GaussianPolicy.MIN_STD)).all():
+        raise Diverged(f"std {std.tolist()} is not between 1e-6 and 1e6: {SMALLER}")
+
+
+def check_rollout(task, *recorded: np.ndarray) -> None:
+    """Name the first number that is not finite: obs (S,K,H), act (A,K,H), rew (1,K,H).
+
+    A bad action is the policy's fault, the others are the environment's.
+    """
+    finite = np.stack([np.isfinite(x).all(0) for x in recorded])               # (3,K,H)
+    if not finite.all():
+        step, _, which = np.argwhere(~finite.T)[0]
+        name = ("observation", "action", "reward")[which]
+        error, advice = ((Diverged, SMALLER) if name == "action" else
+                         (BadInput, "check the environment's reset() and step()"))
+        raise error(f"task {task}: the {name} at step {step} is not finite: {advice}")
 
 
 PROGRESS_COLUMNS = (
@@ -1502,13 +1531,34 @@ def family_of(config: Config) -> TaskFamily:
 def make_policy(family: TaskFamily, config: Config) -> GaussianPolicy:
     """A policy that fits the family's spaces; raises BadInput where none does."""
     envs = family.envs(config.rollouts)
+    if not isinstance(envs, VectorEnv) or envs.num_envs != config.rollouts:
+        raise BadInput(f"{family.name}: make_envs({config.rollouts}) must return a "
+                       f"Gymnasium VectorEnv of {config.rollouts} copies")
     obs, act = envs.single_observation_space, envs.single_action_space
     for name, space in (("observation", obs), ("action", act)):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise BadInput(f"{family.name}: the {name} space must be a Box with one "
-                           f"dimension, not {space}: wrap the environment")
+        if not isinstance(space, gym.spaces.Box) or not (
+                len(space.shape) == 1 <= space.shape[0]):
+            raise BadInput(f"{family.name}: the {name} space must be a Box of one row "
+                           f"of numbers, not {space}: wrap the environment")
+    check_environment(family, envs)
     return GaussianPolicy(obs.shape[0], act.shape[0], config.hidden, config.activation,
                           config.init_std)
+
+
+def check_environment(family: TaskFamily, envs: VectorEnv) -> None:
+    """Raise BadInput unless reset and a first step keep to Gymnasium and the spaces.
+
+    Whether `reset` heeds the task cannot be seen. Later errors pass as they are.
+    """
+    K, shape = envs.num_envs, envs.observation_space.shape
+    try:
+        obs, _ = envs.reset(seed=[0] * K, options={"task": family.test_tasks(1)[0]})
+        results = obs, *envs.step(np.zeros(envs.action_space.shape, np.float32))[:4]
+        if [np.shape(x) for x in results] != [shape, shape, (K,), (K,), (K,)]:
+            raise ValueError(f"shapes {[np.shape(x) for x in results]}")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{family.name}: reset() and step() must take and return what "
+                       f"Gymnasium says, in the spaces' shapes: {error}") from error
 
 
 # %% 9. Evaluation (MAML §5.3, App. A.2)
@@ -1627,15 +1677,18 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(beside, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, config: Config, state: TrainState) -> None:
     """The whole state, self-describing, atomically."""
-    content = dict(format=FORMAT, version=VERSION, task=config.task,
-                   config=dataclasses.asdict(config), **vars(state))
-    write_atomically(path, lambda beside: torch.save(content, beside))
+    content, data = dict(format=FORMAT, version=VERSION, task=config.task,
+                         config=dataclasses.asdict(config), **vars(state)), io.BytesIO()
+    torch.save(content, data)         # into memory: a full disk is then an OSError
+    write_atomically(path, lambda beside: beside.write_bytes(data.getvalue()))
 
 
 def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
@@ -1643,6 +1696,8 @@ def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
     def refuse(why):
         raise BadInput(f"{path}: {why}; it was left as it is") from None
     try:
+        if zipfile.ZipFile(path).testzip():            # torch.load checks no checksums
+            raise zipfile.BadZipFile
         content = torch.load(path, weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
@@ -1660,10 +1715,14 @@ def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
         state = TrainState(**{f.name: content[f.name]
                               for f in dataclasses.fields(TrainState)})
         P = make_policy(family_of(config), config).num_params
+        if math.isnan(state.best_return) or not (
+                len(state.rows) == len(state.spread) == state.iteration):
+            raise ValueError("its rows are not those of its iteration")
     except (KeyError, TypeError, ValueError) as error:
         refuse(f"a checkpoint with unusable content ({error})")
     for theta in (state.theta, state.best_theta):
         if not (isinstance(theta, Tensor) and theta.shape == (P,)
+                and theta.dtype in (torch.float32, torch.float64)
                 and torch.isfinite(theta).all()):
             refuse(f"its θ is not {P} finite numbers")
     return config, state
@@ -1696,7 +1755,9 @@ def read_evaluation(folder: Path, task: str) -> tuple[str, np.ndarray]:
         for row in rows:
             table[int(row["task"]), int(row["step"])] = float(row["return"])
         method = rows[0]["method"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        if not np.isfinite(table).all():
+            raise ValueError
+    except Exception:                # whatever a foreign file makes json and csv raise
         raise BadInput(f"--compare {folder}: no finished run there (it needs "
                        f"config.json and evaluation.csv)") from None
     if other != task:
@@ -1970,12 +2031,12 @@ def build_parser() -> Parser:
 
 
 def say(*text: str) -> None:
-    """Print, on one process; when nobody reads any more (`| head`), go on silently."""
+    """Print, on one process; go on silently if it fails (`| head`, or a full disk)."""
     if not first_rank():
         return
     try:
         print(*text, flush=True)
-    except (BrokenPipeError, ValueError):
+    except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
@@ -1987,6 +2048,11 @@ def next_free(name: str) -> Path:
     return path
 
 
+def leftovers(folder: Path) -> set[Path]:
+    """Temporary files of processes that were killed while they wrote."""
+    return {path for name in RUN_FILES for path in folder.glob(f".{name}.*.tmp")}
+
+
 def make_folder(folder: Path, resume: bool) -> None:
     """Create the run's folder; BadInput if it cannot be written or holds a run."""
     there = [name for name in RUN_FILES if (folder / name).exists()]
@@ -1995,9 +2061,9 @@ def make_folder(folder: Path, resume: bool) -> None:
                        f"on with it, or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        (folder / f".config.json.{os.getpid()}.tmp").touch()
+        for path in leftovers(folder):
+            path.unlink()
     except OSError as error:
         raise BadInput(f"--out {folder} cannot be written ({error.strerror}): choose "
                        f"another folder") from None
@@ -2009,7 +2075,8 @@ def resumed(folder: Path, given: dict) -> tuple[Config, TrainState | None]:
         raise BadInput(f"--resume: there is no folder {folder}")
     if (folder / "checkpoint.pt").exists():
         config, state = load_checkpoint(folder / "checkpoint.pt")
-    elif (folder / "config.json").exists() or not any(folder.iterdir()):
+    elif (folder / "config.json").exists() or (
+            set(folder.iterdir()) <= leftovers(folder)):
         config, state = read_config(folder / "config.json") or Config(**given), None
     else:
         raise BadInput(f"--resume: {folder} holds files, but no run")
@@ -2031,7 +2098,7 @@ def read_config(path: Path) -> Config | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return Config(**content | {"hidden": tuple(content["hidden"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadInput(f"{path} is not a run's configuration ({error})") from None
 
 
@@ -2129,7 +2196,7 @@ def prepare(options: dict[str, Any]) -> tuple[Config, Path, TrainState]:
         if state is None:
             state = TrainState.initial(make_policy(family_of(config), config), config)
             if "init" in options:
-                state = start_from(options["init"], state)
+                state = start_from(options["init"], config, state)
     if torch.distributed.is_initialized() and (
             config.meta_batch_size < torch.distributed.get_world_size()):
         raise BadInput(f"meta_batch_size {config.meta_batch_size} is less than the "
@@ -2139,8 +2206,8 @@ def prepare(options: dict[str, Any]) -> tuple[Config, Path, TrainState]:
     if "render" in options:                      # find out now, not after the training
         if options["render"].exists():
             raise BadInput(f"--render {options['render']}: that file is there already")
-        if not options["render"].resolve().parent.is_dir():
-            raise BadInput(f"--render {options['render']}: no such folder")
+        options["render"].touch()
+        options["render"].unlink()
         if config.task != "point2d":
             walker_camera(family_of(config).envs(1).unwrapped.XML)
     make_folder(folder, resume)
@@ -2164,12 +2231,14 @@ def run(options: dict[str, Any]) -> int:
     return 0
 
 
-def start_from(path: Path, start: TrainState) -> TrainState:
+def start_from(path: Path, config: Config, start: TrainState) -> TrainState:
     """The state before the first iteration, with the θ that another run ended on."""
-    _, other = load_checkpoint(path)
-    if other.theta.shape != start.theta.shape:
-        raise BadInput(f"--init {path}: its θ has {len(other.theta)} numbers, this "
-                       f"run's policy {len(start.theta)}")
+    theirs, other = load_checkpoint(path)
+    old, new = ((c.task, c.hidden, c.activation, c.method == "oracle")
+                for c in (theirs, config))
+    if old != new:
+        raise BadInput(f"--init {path}: its task, hidden, activation and oracle are "
+                       f"{old}, this run's {new}: they must be the same")
     return dataclasses.replace(start, theta=other.theta, best_theta=other.theta)
 
 
@@ -2180,21 +2249,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
 
     def fail(status: int, message: object) -> int:
-        if os.environ.get("RANK", "0") == "0" or status == 1:
-            print(f"maml_trpo.py: {message}", file=sys.stderr)
+        print(f"maml_trpo.py: {message}", file=sys.stderr)
         return status
 
     try:
         options = vars(build_parser().parse_args(argv))
-        with process_group():
+        with process_group(), np.errstate(all="ignore"):      # the checks name them
             return run(options)
     except SystemExit as stop:                  # --help
         return int(stop.code or 0)
     except BadInput as error:
         return fail(2, error)
-    except (Diverged, OSError) as error:
+    except Diverged as error:
         return fail(1, error)
-    except RuntimeError as error:
+    except OSError as error:
+        return fail(1, f"{error}; the last checkpoint is intact: mend the cause, then "
+                       f"go on with --resume")
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return fail(1, f"out of memory, choose smaller settings ({error!s:.80})")
         if not isinstance(error, torch.distributed.DistError) and (
                 "gloo" not in str(error)):
             raise
@@ -2202,7 +2275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                        "torchrun was stopped; the last checkpoint, if there is one, is "
                        "intact: go on with --resume and the --out of this run")
     except KeyboardInterrupt:
-        return 130
+        return fail(130, "interrupted; --resume goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

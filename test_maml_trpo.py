@@ -4,6 +4,7 @@
     MAML_SLOW=1 python -m pytest            the long tests too
     python test_maml_trpo.py benchmark      where the time of a meta-iteration goes;
                                             `benchmark paper`: half-cheetah, full size
+    python test_maml_trpo.py kills 50       kill a run 50 times: does it end the same?
 
 Oracles are independent of the functions they test: plain loops, closed forms,
 torch.distributions, dense solves, central finite differences in float64. Sizes are
@@ -42,6 +43,8 @@ from types import SimpleNamespace
 from unittest import mock
 
 import gymnasium as gym
+import hypothesis
+import hypothesis.strategies
 import numpy as np
 import pytest
 import torch
@@ -3175,6 +3178,16 @@ MUTANTS = [
      "alpha, False,"),
     ("evaluation reuses one stream of random numbers",
      "            seed=(*seed, step))\n        yield", "            seed=(*seed, 0))\n        yield"),
+    # faults
+    ("numbers of a rollout are not checked",
+     "    check_rollout(task, all_obs, all_act, all_rew[None])\n", ""),
+    ("advantages are not checked", "check_finite(f\"task {task}: the advantage\", "
+     "assign_credit(data, gamma, lam).adv)", "assign_credit(data, gamma, lam)"),
+    ("a collapsed std goes on", "    check_std(policy.std(new_theta))\n", ""),
+    ("a damaged checkpoint is read", "if zipfile.ZipFile(path).testzip():", "if False:"),
+    ("half-written files pile up", "            path.unlink()\n", "            pass\n"),
+    ("files are written in place", "        write(beside)\n",
+     "        write(path)\n        write(beside)\n"),
 ]
 
 # Changed, yet the same program: named here with the reason.
@@ -3229,7 +3242,7 @@ def mutants(*names: str) -> None:
 
 # Tests that are run first on a mutant: those that take no time.
 QUICK = ("not command and not short_training and not exercise and not every_mutant "
-         "and not ranks and not killed and not mdp and not pseudocode")
+         "and not ranks and not killed and not any_ and not mdp and not pseudocode")
 
 
 # %% Exercises 1: what a grader can say
@@ -4923,6 +4936,632 @@ def test_planted_bug_is_not_told_and_check_all_says_when_it_is_mended(
     assert "The bug is mended." in capsys.readouterr().out
 
 
+# %% Faults: kills, full disks, bad input
+
+FAULT_RUN = ["--meta-batch-size", "2", "--rollouts", "2", "--horizon", "4", "--hidden",
+             "4", "--cg-iterations", "2", "--eval-tasks", "2", "--eval-episodes", "2",
+             "--iterations", "1", "--workers", "1"]
+NO_FIGURES = ("draw_learning_curve", "draw_adaptation", "draw_trajectories")
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Runs without drawing and waiting for the disk, which take most of their time."""
+    for name in NO_FIGURES:
+        monkeypatch.setattr(mt, name, lambda *args: None)
+    monkeypatch.setattr(mt, "render_gif", lambda *args: None)
+    monkeypatch.setattr(mt.os, "fsync", lambda file: None)
+
+
+def fault_run(folder, *more) -> int:
+    return mt.main([*FAULT_RUN, "--out", str(folder), *map(str, more)])
+
+
+def outcome(folder: Path) -> list:
+    """All that a run computed: its whole state and tables, without the seconds."""
+    config, state = mt.load_checkpoint(folder / "checkpoint.pt")
+    with open(folder / "progress.csv", newline="", encoding="utf-8") as f:
+        progress = without_seconds(csv.DictReader(f))
+    return [config, state.iteration, state.theta.tolist(), without_seconds(state.rows),
+            state.spread, state.best_theta.tolist(), state.best_return, progress,
+            (folder / "evaluation.csv").read_text(encoding="utf-8"),
+            (folder / "config.json").read_text(encoding="utf-8")]
+
+
+OLD_LOCALE = {name: value for name, value in os.environ.items() if name != "DISPLAY"} | dict(
+    LC_ALL="C", PYTHONIOENCODING="latin-1", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0",
+    MPLBACKEND="TkAgg")
+
+
+def kills(count: str = "50") -> None:
+    """Kill a run at random moments, each second time while it writes a checkpoint, and
+    resume it."""
+    args = [*FAULT_RUN, "--iterations", "25"]
+    for name in NO_FIGURES:
+        setattr(mt, name, lambda *args: None)
+
+    def start(folder, *more) -> int:
+        if pid := os.fork():
+            return pid
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        os._exit(mt.main([*args, "--out", str(folder), *more]))
+
+    def ended(pid, how=0) -> bool:
+        return os.waitpid(pid, how)[0] == pid
+
+    rng, half_written = random.Random(0), ".checkpoint.pt.*.tmp"
+    same, killed, in_a_write, at = 0, 0, 0, []
+    with tempfile.TemporaryDirectory(dir=os.getcwd()) as folder:
+        whole, began = Path(folder) / "whole", time.perf_counter()
+        ended(start(whole))
+        expected, seconds = outcome(whole), time.perf_counter() - began
+        while killed < int(count):
+            run = Path(folder) / f"killed {killed}"
+            run.mkdir()
+            pid, moment = start(run), time.perf_counter() + rng.uniform(0, seconds)
+            while not (done := ended(pid, os.WNOHANG)) and not (
+                    time.perf_counter() > moment
+                    and (killed % 2 == 0 or any(run.glob(half_written)))):
+                time.sleep(1e-4)
+            if done:                                       # it was faster: once more
+                shutil.rmtree(run)
+                continue
+            os.kill(pid, signal.SIGKILL)
+            ended(pid)
+            killed += 1
+            in_a_write += any(run.glob(half_written))
+            at.append(mt.load_checkpoint(run / "checkpoint.pt")[1].iteration
+                      if (run / "checkpoint.pt").exists() else -1)
+            ended(start(run, "--resume"))
+            same += outcome(run) == expected and not any(run.glob(".*.tmp"))
+    print(f"{same} of {killed} ended bit-identical; {in_a_write} were killed while they "
+          f"wrote a checkpoint; the last whole one was of iteration {sorted(at)} (-1: none)")
+    sys.exit(same < killed)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(50, marks=slow)])
+def test_killed_runs_end_bit_identical_when_resumed(tmp_path, count):
+    """In a folder with a space and an umlaut, where the locale knows only ASCII."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    cwd = tmp_path / "Übung 1"
+    cwd.mkdir()
+    out = subprocess.run([sys.executable, __file__, "kills", str(count)], cwd=cwd,
+                         capture_output=True, text=True, timeout=900, env=OLD_LOCALE)
+    assert out.returncode == 0, out.stderr
+    assert f"{count} of {count} ended bit-identical" in out.stdout
+
+
+@slow
+def test_ranks_end_when_one_is_killed_and_resume_to_rounding(tmp_path):
+    """Two processes of which one is killed; then both go on, to what one alone does."""
+    args = [*FAULT_RUN, "--iterations", "40", "--meta-batch-size", "3", "--hvp",
+            "gauss-newton", "--out"]
+
+    def start(*more):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return [subprocess.Popen(
+            [sys.executable, str(HERE / "maml_trpo.py"), *args, "both", *more],
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+            for rank in range(2)]
+    assert command(*args, "alone", cwd=tmp_path).returncode == 0
+    first, second = start()
+    progress = tmp_path / "both" / "progress.csv"
+    while not progress.exists() or progress.read_text().count("\n") < 4:
+        time.sleep(0.001)
+    second.kill()
+    error = first.communicate(timeout=100)[1]
+    second.communicate()
+    assert first.returncode == 1 and "go on with --resume" in error
+    assert "Traceback" not in error
+    state = mt.load_checkpoint(tmp_path / "both" / "checkpoint.pt")[1]
+    assert 3 <= state.iteration < 40
+    assert [process.wait(timeout=100) for process in start("--resume")] == [0, 0]
+    a, b = (mt.load_checkpoint(tmp_path / name / "checkpoint.pt")[1].theta
+            for name in ("alone", "both"))
+    assert (a - b).norm() <= 1e-2 * a.norm()
+    refused = start()
+    errors = [process.communicate(timeout=100)[1] for process in refused]
+    assert [process.returncode for process in refused] == [2, 2]
+    assert sum("already holds a run" in error for error in errors) == 1
+
+
+def test_resume_starts_a_run_that_was_killed_before_its_first_checkpoint(
+        tmp_path, no_figures, capsys):
+    """An empty folder, one with a half-written file, one with a config: all the same."""
+    assert fault_run(tmp_path / "whole") == 0
+    for name in (None, ".checkpoint.pt.123.tmp", "config.json"):
+        run = tmp_path / str(name)
+        run.mkdir()
+        if name:
+            shutil.copy(tmp_path / "whole" / "config.json", run / name)
+        assert fault_run(run, "--resume") == 0
+        assert outcome(run) == outcome(tmp_path / "whole")
+        assert sorted(p.name for p in run.iterdir()) == [
+            "checkpoint.pt", "config.json", "evaluation.csv", "progress.csv"]
+
+
+def test_resume_evaluates_extends_and_refuses_by_name(tmp_path, no_figures, capsys):
+    run, other = tmp_path / "run", tmp_path / "not a run"
+    assert fault_run(run) == 0
+    first = outcome(run)
+    (run / "evaluation.csv").unlink()                  # killed while it was evaluated
+    with open(run / "progress.csv", "a") as f:         # a row ahead of the checkpoint
+        f.write("1,-0.3")
+    assert fault_run(run, "--resume") == 0 and outcome(run) == first
+    other.mkdir()
+    (other / "homework.txt").write_text("precious")
+    for args, words in (
+            ([run, "--resume", "--alpha", "0.3"], "alpha"), ([run], "--resume"),
+            ([run, "--resume", "--iterations", "0"], "iterations"),
+            ([other, "--resume"], "no run"), ([run / "homework", "--resume"], "no folder"),
+            ([run, "--resume", "--gamma", "0.5"], "gamma")):
+        capsys.readouterr()
+        assert fault_run(*args) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error
+    assert outcome(run) == first and [p.name for p in other.iterdir()] == ["homework.txt"]
+    assert fault_run(run, "--resume", "--iterations", "2") == 0
+    assert fault_run(tmp_path / "two", "--iterations", "2") == 0
+    assert outcome(run) == outcome(tmp_path / "two")
+
+
+def test_interrupted_run_says_how_to_go_on_and_does(tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the second iteration: status 130, checkpoint of the first, a figure."""
+    step, calls = mt.trpo_meta_step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(*args)
+    monkeypatch.setattr(mt, "trpo_meta_step", interrupted)
+    assert fault_run(tmp_path / "run", "--iterations", "3") == 130
+    assert "--resume" in capsys.readouterr().out
+    assert mt.load_checkpoint(tmp_path / "run" / "checkpoint.pt")[1].iteration == 1
+    assert (tmp_path / "run" / "learning.png").exists()
+    for name in NO_FIGURES:
+        monkeypatch.setattr(mt, name, lambda *args: None)
+    assert fault_run(tmp_path / "run", "--iterations", "3", "--resume") == 0
+    assert fault_run(tmp_path / "whole", "--iterations", "3") == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_checkpoint_of_another_kind_is_refused_and_left(tmp_path, no_figures, capsys):
+    """Content that only a foreign or newer program would write, one change at a time."""
+    assert fault_run(tmp_path / "run") == 0
+    path, theta = tmp_path / "run" / "checkpoint.pt", torch.zeros(31)
+    good = torch.load(path, weights_only=True)
+    assert {"format", "version", "config", "iteration", "theta", "task"} <= set(good)
+    for changes in (
+            dict(version=2), dict(format="other"), dict(theta=theta), dict(theta=None),
+            dict(theta=good["theta"] * math.nan), dict(best_theta=good["theta"].long()),
+            dict(iteration=7), dict(iteration="x"), dict(rows=[]), dict(spread=None),
+            dict(best_return="x"), dict(config={}), dict(config={"no_such": 1}),
+            dict(config=good["config"] | {"alpha": -1.0})):
+        torch.save(good | changes, path)
+        before = path.read_bytes()
+        for args in (["--out", str(tmp_path / "run"), "--resume"],
+                     ["--evaluate", str(path), "--out", str(tmp_path / "e")],
+                     ["--init", str(path), "--out", str(tmp_path / "i")]):
+            capsys.readouterr()
+            assert mt.main(args) == 2, changes
+            assert capsys.readouterr().err.count("\n") == 1
+        assert path.read_bytes() == before
+    torch.save(good, path)
+    for more, words in ((["--activation", "tanh"], "activation"), (["--hidden", "5"],
+                        "hidden"), (["--method", "oracle"], "oracle")):
+        assert fault_run(tmp_path / "i", "--init", path, *more) == 2
+        assert words in capsys.readouterr().err
+    class Command:                              # what a pickle may do, and ours may not
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "broken in"),)
+    torch.save(Command(), path)
+    assert mt.main(["--evaluate", str(path)]) == 2
+    assert not (tmp_path / "broken in").exists()
+
+
+@pytest.mark.parametrize("room", [0, 1000])
+def test_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(
+        tmp_path, no_figures, capsys, room):
+    """The disk is full from the second iteration on: files end after `room` bytes."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run, save = tmp_path / "run", mt.save_checkpoint
+
+    def save_then_fill(path, config, state):
+        save(path, config, state)
+        if state.iteration == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    with mock.patch.object(mt, "save_checkpoint", save_then_fill):
+        try:
+            assert fault_run(run, "--iterations", "3") == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "File too large" in error and "--resume" in error
+    assert mt.load_checkpoint(run / "checkpoint.pt")[1].iteration == 1
+    assert not any(run.glob(".*.tmp"))
+    assert fault_run(run, "--iterations", "3", "--resume") == 0
+    assert fault_run(tmp_path / "whole", "--iterations", "3") == 0
+    assert outcome(run) == outcome(tmp_path / "whole")
+
+
+def test_read_only_folder_is_refused_before_the_training(tmp_path, capsys):
+    for folder in ("/proc/maml", "/dev/null/run"):       # not writable for root either
+        assert fault_run(folder) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--out" in error and "cannot be written" in error
+
+
+class FullDisk(io.StringIO):
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("stdout", ["head", "full", "closed", "none"])
+def test_training_goes_on_when_nothing_can_be_printed(
+        tmp_path, no_figures, monkeypatch, stdout):
+    if stdout == "head":
+        reader, writer = os.pipe()
+        os.close(reader)
+        stream = open(writer, "w")
+    else:
+        stream = {"full": FullDisk(), "closed": io.StringIO(), "none": None}[stdout]
+        if stdout == "closed":
+            stream.close()
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert fault_run(tmp_path / "run") == 0
+    assert mt.load_checkpoint(tmp_path / "run" / "checkpoint.pt")[1].iteration == 1
+    with contextlib.suppress(OSError):
+        stream and stream.close()
+
+
+@slow
+@pytest.mark.parametrize("tail", ["| head -n 1", ">&-", "> /dev/full", "2>&-"])
+def test_shell_redirections_end_with_status_0(tmp_path, tail):
+    line = (f"set -o pipefail; {sys.executable} '{HERE / 'maml_trpo.py'}' --out 'a b' "
+            f"{' '.join(FAULT_RUN)} {tail}")
+    out = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True,
+                         text=True, timeout=120)
+    assert out.returncode == 0 and "Traceback" not in out.stderr, out.stderr
+    assert sorted(p.name for p in (tmp_path / "a b").iterdir()) == sorted(mt.RUN_FILES)
+
+
+@slow
+def test_old_locale_no_display_and_names_with_spaces(tmp_path):
+    """A whole run, figures included, where almost nothing can be encoded or shown."""
+    out = subprocess.run(
+        [sys.executable, str(HERE / "maml_trpo.py"), *FAULT_RUN, "--out", "Übung 1 θ"],
+        cwd=tmp_path, capture_output=True, timeout=120, env=OLD_LOCALE)
+    assert out.returncode == 0, out.stderr
+    (folder,) = tmp_path.iterdir()
+    assert os.fsencode(folder).endswith("Übung 1 θ".encode())
+    assert sorted(p.name for p in folder.iterdir()) == sorted(mt.RUN_FILES)
+
+
+# Numbers that go wrong.
+
+
+def toy_family(reward=lambda t, task: 0.1 * t, obs=lambda t: np.zeros(2, np.float32),
+               done=lambda t: False, S=None, A=None, reset="new", results=5, raises=0,
+               mode=AutoresetMode.NEXT_STEP):
+    """A task family whose every part can be replaced by a wrong one."""
+    class Toy(gym.Env):
+        observation_space = S or gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        action_space = A or gym.spaces.Box(-1, 1, (3,), np.float32)
+
+        def step(self, action):
+            self.t += 1
+            if self.t == raises:
+                raise KeyError("a mistake of one's own")
+            everything = obs(self.t), reward(self.t, self.task), done(self.t), False, {}
+            return everything[:results]
+
+    def new_reset(self, *, seed=None, options=None):
+        self.t, self.task = 0, options["task"] if options else None
+        return obs(0), {}
+
+    def without_options(self, *, seed=None):
+        return new_reset(self)
+
+    def ignoring_the_task(self, *, seed=None, options=None):
+        return new_reset(self)
+
+    def old_reset(self, *, seed=None, options=None):
+        return new_reset(self)[0]
+    Toy.reset = {"new": new_reset, "without": without_options, "old": old_reset,
+                 "ignoring": ignoring_the_task}[reset]
+    return mt.TaskFamily("toy", lambda K: SyncVectorEnv([Toy] * K, autoreset_mode=mode),
+                         lambda rng, M: rng.uniform(-1, 1, (M, 1)),
+                         lambda n: np.zeros((n, 1)), 4)
+
+
+def train_toy(family=None, **changes):
+    return mt.train_maml(tiny_config(meta_batch_size=2, rollouts=2, horizon=4,
+                                     hidden=(4,), cg_iterations=2, **changes), family)
+
+
+@pytest.mark.parametrize("reward, error, words", [
+    (math.nan, mt.BadInput, "reward at step 2"), (math.inf, mt.BadInput, "reward at step 2"),
+    (1e300, mt.BadInput, "reward at step 2"), (3e38, mt.Diverged, "advantage")])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_bad_reward_is_named_with_iteration_task_and_step(reward, error, words):
+    """From the second iteration on, where its task is the fourth that was drawn."""
+    drawn = []
+    family = toy_family(lambda t, task: reward if t > 2 and len(drawn) == 4
+                        and task == drawn[3] else 0.1 * t)
+    family = dataclasses.replace(family, sample_tasks=lambda rng, M: [
+        drawn.append(rng.uniform(1, 2, 1)) or drawn[-1] for _ in range(M)])
+    with pytest.raises(error, match=f"^iteration 1: .*{words}") as raised:
+        train_toy(family)
+    assert str(drawn[3]) in str(raised.value)
+
+
+def test_bad_observation_is_the_environments_and_bad_action_the_policys():
+    obs, act, rew = np.zeros((2, 3, 5)), np.zeros((4, 3, 5)), np.zeros((1, 3, 5))
+    mt.check_rollout(7, obs, act, rew)
+    for array, index, error, words in (
+            (rew, (0, 2, 3), mt.BadInput, "reward at step 3"),
+            (act, (1, 2, 3), mt.Diverged, "action at step 3"),
+            (obs, (1, 2, 3), mt.BadInput, "observation at step 3"),
+            (act, (0, 0, 1), mt.Diverged, "action at step 1")):    # what came first counts
+        array[index] = math.nan
+        with pytest.raises(error, match=f"task 7: the {words} is not finite"):
+            mt.check_rollout(7, obs, act, rew)
+
+
+@pytest.mark.parametrize("product, residual", [
+    (lambda v: v * math.nan, 1.0), (lambda v: v * math.inf, math.nan),
+    (lambda v: -v, 1.0), (lambda v: 0 * v, 1.0)])
+def test_bad_products_skip_the_step_and_the_log_says_so(monkeypatch, product, residual):
+    """pᵀHp NaN, infinite, negative or 0: θ is kept, trials and KL are 0."""
+    monkeypatch.setattr(mt, "kl_hessian_product", lambda *args: product)
+    theta, rows = train_toy(damping=0.0)
+    start = mt.TrainState.initial(mt.make_policy(mt.TASKS["point2d"], tiny_config(
+        hidden=(4,))), tiny_config())
+    assert torch.equal(theta, start.theta)
+    for row in rows:
+        assert (row["line_search_steps"], row["kl"]) == (0, 0)
+        assert row["surrogate_after"] == row["surrogate_before"]
+        np.testing.assert_equal(row["cg_residual"], residual)
+    assert "none" in mt.progress_line(rows[0], 2, 1.0)
+
+
+def test_surrogate_that_no_step_improves_skips_the_step(monkeypatch):
+    right = mt.meta_gradient
+    monkeypatch.setattr(mt, "meta_gradient", lambda *args: -right(*args))        # uphill
+    theta, rows = train_toy(max_kl=1e-6)
+    assert [row["line_search_steps"] for row in rows] == [0, 0]
+    assert all(row["kl"] == 0 for row in rows)
+
+
+def test_gradient_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
+        tmp_path, monkeypatch, no_figures, capsys):
+    right, calls = mt.meta_gradient, []
+
+    def broken(*args):
+        calls.append(1)
+        return right(*args) * (math.nan if len(calls) == 3 else 1)
+    monkeypatch.setattr(mt, "meta_gradient", broken)
+    assert fault_run(tmp_path / "run", "--iterations", "3") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "iteration 1: the meta-gradient is not finite" in error
+    assert mt.load_checkpoint(tmp_path / "run" / "checkpoint.pt")[1].iteration == 1
+
+
+@pytest.mark.parametrize("std", [1e-8, 1e8, 1e30])
+def test_std_that_collapsed_or_exploded_stops_with_its_name(std):
+    with pytest.raises(mt.Diverged, match="^iteration 0: .*std"):
+        train_toy(init_std=std)
+    mt.check_std(torch.tensor([2e-6, 1.0, 5e5]))
+
+
+# Input of every kind. Hypothesis draws it, always the same.
+
+quickly = functools.partial(hypothesis.settings, derandomize=True, deadline=None,
+                            database=None, suppress_health_check=list(
+                                hypothesis.HealthCheck))
+MORE = 10 if os.environ.get("MAML_SLOW") == "1" else 1
+WORDS = ["", " ", "-1", "0", "1", "2", "0.5", "1e-300", "1e30", "1e400", "nan", "inf",
+         "-inf", "None", "true", "1,2", ",", "1,,2", "3,0", "a,b", "0x10", "1_0", "٣", "θ",
+         "--", "-", "maml", "tanh", "ratio", "point2d", "cheetah", "gauss-newton",
+         "1000000000", "99999999999999999999", "100000,100000", "a\\b", "'", "%s", "{}"]
+LONG = {"iterations", "inner_steps", "cg_iterations", "backtrack_steps", "eval_steps"}
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run_badly(args: list, folder: Path, capsys) -> int:
+    """The command's status: 0, or 2 or 1 with one line; what is in `folder` stays."""
+    before = files_of(folder)
+    capsys.readouterr()
+    status = mt.main(args)
+    error = capsys.readouterr().err
+    assert status in (0, 2) or status == 1 and re.search("finite|std", error), error
+    assert error.count("\n") == (status > 0) and "Traceback" not in error, error
+    if (after := files_of(folder)) != before:
+        assert "--resume" in args and status == 0 or before.items() <= after.items()
+        shutil.rmtree(folder)                    # the next one finds what this one found
+        for path, content in before.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return status
+
+
+@pytest.fixture
+def classroom(tmp_path, monkeypatch, no_figures):
+    """A folder `kept` that holds what a student may name by mistake, and is guarded."""
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "kept"
+    assert fault_run(kept / "run") == 0
+    (kept / "foreign.txt").write_bytes(b"\xff\xfenot a run")
+    whole = (kept / "run" / "checkpoint.pt").read_bytes()
+    (kept / "half.pt").write_bytes(whole[:len(whole) // 2])
+    return kept
+
+
+def test_any_command_line_works_or_is_refused_in_one_sentence(classroom, capsys):
+    """500 command lines, 5,000 with MAML_SLOW=1: every flag, with words that fit and that
+    do not; counted are those refused (status 2) and those that ran."""
+    paths = ["", ".", "missing", "kept", "kept/run", "kept/a/b", "kept/foreign.txt",
+             "kept/foreign.txt/x", "kept/half.pt", "kept/run/checkpoint.pt", "/proc/x",
+             "x" * 300, "θ 1", "new.gif", "kept/run/config.json", "-", "nowhere/x.gif"]
+    names = [f.name for f in dataclasses.fields(mt.Config)]
+    draw, seen = hypothesis.strategies, []
+    texts = draw.text(draw.characters(exclude_characters="\0\n\r", codec="utf-8"),
+                      max_size=6)
+    setting = draw.tuples(draw.sampled_from(names),
+                          draw.sampled_from(WORDS) | texts).map(
+        lambda pair: pair[:1] + (pair[1].replace("1000000000", "3")
+                                 if pair[0] in LONG else pair[1],))
+    path = draw.tuples(draw.sampled_from(["out", "init", "evaluate", "compare", "render"]),
+                       draw.sampled_from(paths))
+    loose = draw.sampled_from([("resume",), ("no-such",), ("",), ("resume", "x")])
+
+    @quickly(max_examples=500 * MORE)
+    @hypothesis.given(draw.lists(setting | path | loose, min_size=1, max_size=3))
+    def check(flags):
+        base = [] if any(flag[0] == "evaluate" for flag in flags) else FAULT_RUN
+        words = [word for name, *value in flags
+                 for word in ("--" + name.replace("_", "-"), *value)]
+        if not any(flag[0] == "out" for flag in flags):
+            words += ["--out", f"new/{len(seen)}"]
+        seen.append(run_badly([*base, *words], classroom, capsys))
+    check()
+    print(f"{len(seen)} command lines: {seen.count(2)} refused, {seen.count(0)} ran")
+    assert len(seen) >= 500 * MORE and seen.count(2) > 400 * MORE
+
+
+def test_any_damaged_file_is_refused_in_one_sentence(classroom, capsys):
+    """A byte changed, or the end cut off: never other numbers than those that were saved."""
+    draw, seen = hypothesis.strategies, []
+    whole = (classroom / "run" / "checkpoint.pt").read_bytes()
+    expected = mt.load_checkpoint(classroom / "run" / "checkpoint.pt")
+
+    @quickly(max_examples=150 * MORE)
+    @hypothesis.given(draw.integers(0, len(whole) - 1), draw.integers(0, 255))
+    def checkpoint(at, byte):
+        path = Path("damaged.pt")
+        path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1:] if byte else whole[:at])
+        try:
+            config, state = mt.load_checkpoint(path)
+        except mt.BadInput as error:
+            assert "\n" not in str(error)
+            seen.append(error)
+        else:
+            assert config == expected[0] and torch.equal(state.theta, expected[1].theta)
+            assert state.rows == expected[1].rows
+    checkpoint()
+    assert len(seen) > 60
+
+    run = Path("other")
+    run.mkdir()
+
+    @quickly(max_examples=150 * MORE)
+    @hypothesis.given(draw.sampled_from(["config.json", "evaluation.csv"]),
+                      draw.integers(0, 700), draw.sampled_from([
+                          b"", b"\0", b"\xff", b"[" * 9000, b"-9", b"nan", b"null", b'"',
+                          b"99999999999", b"\n", b",", b"{}", b"true", b'{"hidden": 3}']))
+    def text_files(name, at, piece):
+        for path in (classroom / "run").glob("*.[cj]s*"):
+            shutil.copy(path, run)
+        text = (run / name).read_bytes()
+        at %= len(text)
+        (run / name).write_bytes(text[:at] + piece + text[at + 1:])
+        try:
+            method, table = mt.read_evaluation(run, "point2d")
+            mt.comparison_table(expected[0], [(f"{method}, other", table)])
+            mt.read_config(run / "config.json")
+        except mt.BadInput as error:
+            assert "\n" not in str(error)
+            seen.append(error)
+    text_files()
+    assert len(seen) > 150
+    (run / "config.json").write_text("[]")
+    for args in ([*FAULT_RUN, "--out", "other", "--resume"], ["--evaluate", str(
+            classroom / "run" / "checkpoint.pt"), "--compare", "other", "--out", "e"]):
+        assert run_badly(args, classroom, capsys) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_any_environment_trains_is_refused_or_raises_its_own_error():
+    """What reset and step may return wrongly, spaces of all kinds, and combinations."""
+    box, draw, seen = gym.spaces.Box, hypothesis.strategies, []
+    small = np.zeros(2, np.float32)
+    parts = dict(
+        obs=[small, small.astype(int), [0.0, 1.0], np.zeros(3), np.zeros((1, 2)), 0.5,
+             None, "x", small * math.nan, np.full(2, 1e300)],
+        reward=[1, True, np.float32(2), np.ones(1), np.ones(2), None, "much", 1j,
+                math.nan, -math.inf, 1e300, 2e38],
+        done=[lambda t: False, lambda t: True, lambda t: t == 3, lambda t: t % 2,
+              lambda t: None, lambda t: np.bool_(t > 4), lambda t: [False, True]],
+        S=[box(-1, 1, (2,), np.float64), box(0, 9, (2,), np.uint8), box(0, 1, (2, 2)),
+           box(0, 1, ()), box(0, 1, (0,)), gym.spaces.Discrete(2), gym.spaces.Dict()],
+        A=[box(-np.inf, np.inf, (3,)), box(0, 5, (1,), np.int64), box(0, 1, (0,)),
+           gym.spaces.Discrete(3), gym.spaces.MultiBinary(3), gym.spaces.Tuple([])],
+        reset=["without", "old", "ignoring"], results=[4, 3], raises=[1, 2, 4],
+        mode=[AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
+    one = draw.sampled_from([(name, value) for name in parts for value in parts[name]])
+
+    @quickly(max_examples=60 * MORE)
+    @hypothesis.given(draw.lists(one, max_size=2, unique_by=lambda pair: pair[0]))
+    def check(chosen):
+        changes = dict(chosen)
+        if "obs" in changes:
+            changes["obs"] = lambda t, obs=changes["obs"]: obs
+        if "reward" in changes:
+            changes["reward"] = lambda t, task, reward=changes["reward"]: reward
+        try:
+            theta, _ = train_toy(toy_family(**changes), iterations=1)
+            assert torch.isfinite(theta).all()
+        except (mt.BadInput, mt.Diverged) as error:
+            assert "\n" not in str(error) and len(str(error)) > 30
+        except (KeyError, AssertionError) as error:
+            assert "raises" in changes or changes.get("mode") == AutoresetMode.DISABLED
+        seen.append(changes)
+    check()
+    assert len(seen) >= 60 * MORE
+
+
+def test_environments_own_error_keeps_its_traceback():
+    with pytest.raises(KeyError, match="one's own"):
+        train_toy(toy_family(raises=4))
+    with pytest.raises(mt.BadInput, match="expected 5, got 4") as raised:
+        train_toy(toy_family(results=4))
+    assert isinstance(raised.value.__cause__, ValueError)
+    for wrong in (lambda K: gym.Env(), lambda K: mt.Point2D(3), lambda K: None):
+        with pytest.raises(mt.BadInput, match="VectorEnv of 2 copies"):
+            train_toy(dataclasses.replace(toy_family(), make_envs=wrong))
+
+
+@pytest.mark.parametrize("flags", [
+    ["--horizon", "1000000000"], ["--hidden", "100000,100000"], ["--rollouts", "1000000000"],
+    ["--eval-episodes", "1000000000"], ["--meta-batch-size", "1000000000"]])
+def test_sizes_beyond_any_memory_are_refused_by_name(tmp_path, capsys, flags):
+    assert fault_run(tmp_path / "run", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and flags[0][2:].replace("-", "_") in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 9 GiB"), RuntimeError(
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_out_of_memory_is_one_sentence(tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr(mt, "train_maml", mock.Mock(side_effect=error))
+    assert fault_run(tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "out of memory" in error
+
+
 # %% Long tests
 
 
@@ -5477,7 +6116,8 @@ def figures() -> None:
 
 
 COMMANDS = {"benchmark": benchmark, "figures": figures, "costs": product_costs,
-            "quality": product_quality, "effects": effects, "mutants": mutants}
+            "quality": product_quality, "effects": effects, "mutants": mutants,
+            "kills": kills}
 EXERCISE_COMMANDS = ("exercises", "make", "check", "bug")
 
 
