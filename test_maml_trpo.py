@@ -5000,7 +5000,8 @@ def kills(count: str = "50") -> None:
         while killed < int(count):
             run = Path(folder) / f"killed {killed}"
             run.mkdir()
-            pid, moment = start(run), time.perf_counter() + rng.uniform(0, seconds)
+            pid, began = start(run), time.perf_counter()
+            moment = began + rng.uniform(0, 1.6 * seconds)        # being watched costs time
             while not (done := ended(pid, os.WNOHANG)) and not (
                     time.perf_counter() > moment
                     and (killed % 2 == 0 or any(run.glob(half_written)))):
