@@ -1033,6 +1033,11 @@ def complete(config: Config) -> None:
         preset["eval_alpha"] = config.alpha
     preset.setdefault("eval_alpha", preset["alpha"])
     preset["workers"] = available_cores()
+    if config.method == "random":
+        preset["iterations"] = 0
+        if config.iterations:
+            raise BadInput(f"method random does not train: leave out iterations "
+                           f"{config.iterations}")
     for name, value in preset.items():
         if getattr(config, name) is None:
             object.__setattr__(config, name, value)

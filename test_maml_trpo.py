@@ -5,6 +5,7 @@
     python test_maml_trpo.py benchmark      where the time of a meta-iteration goes;
                                             `benchmark paper`: half-cheetah, full size
     python test_maml_trpo.py kills 50       kill a run 50 times: does it end the same?
+    python test_maml_trpo.py finetune FILE  a baseline's step size: the search
 
 Oracles are independent of the functions they test: plain loops, closed forms,
 torch.distributions, dense solves, central finite differences in float64. Sizes are
@@ -129,6 +130,16 @@ def test_config_fills_presets_and_keeps_what_is_given():
     assert mt.Config(task="point2d").eval_alpha == 0.21
     assert mt.Config(task="cheetah-dir").eval_alpha == 0.1
     assert mt.Config(alpha=0.3, eval_alpha=0.4).eval_alpha == 0.4
+
+
+def test_random_is_the_initial_policy_untrained():
+    config = tiny_config(method="random", iterations=None)
+    theta, rows = mt.train_maml(config)
+    policy = mt.make_policy(mt.family_of(config), config)
+    assert rows == [] and torch.equal(
+        theta, policy.init(torch.Generator().manual_seed(config.seed)))
+    with pytest.raises(mt.BadInput, match="random does not train: leave out iterations 3"):
+        mt.Config(method="random", iterations=3)
 
 
 @pytest.mark.parametrize("name, value", [
@@ -6108,6 +6119,21 @@ def effects(*names: str, iterations: int = 25, tasks: int = 10, seeds=(0, 1)) ->
 # %% This file as a command
 
 
+def finetune(checkpoint: str, *alphas: str) -> None:
+    """The search for a baseline's fine-tuning step: return on 20 tasks that are not the
+    held-out ones, 20 episodes a step, for each first step α (the later ones are α/2)."""
+    config, state = mt.load_checkpoint(Path(checkpoint))
+    family = mt.family_of(config)
+    tasks = family.sample_tasks(mt.random_stream(2025), 20)
+    for alpha in map(float, alphas or "0.05 0.1 0.2 0.5 1 2 5 10".split()):
+        with mt.one_thread_each():
+            returns = mt.adaptation_returns(
+                mt.make_policy(family, config), state.theta, family, tasks, 3, 20, alpha,
+                horizon=config.horizon, gamma=config.gamma, lam=config.lam, seed=2025,
+                workers=config.workers).mean(0)
+        print(f"α {alpha:5g}: " + " ".join(f"{x:9.2f}" for x in returns), flush=True)
+
+
 def figures() -> None:
     """Draw the notes' figures into figures/."""
     for name, draw in (("fd-error", figure_fd_error), ("graph", figure_graph)):
@@ -6118,7 +6144,7 @@ def figures() -> None:
 
 COMMANDS = {"benchmark": benchmark, "figures": figures, "costs": product_costs,
             "quality": product_quality, "effects": effects, "mutants": mutants,
-            "kills": kills}
+            "kills": kills, "finetune": finetune}
 EXERCISE_COMMANDS = ("exercises", "make", "check", "bug")
 
 
