@@ -6125,7 +6125,7 @@ def finetune(checkpoint: str, *alphas: str) -> None:
     config, state = mt.load_checkpoint(Path(checkpoint))
     family = mt.family_of(config)
     tasks = family.sample_tasks(mt.random_stream(2025), 20)
-    for alpha in map(float, alphas or "0.05 0.1 0.2 0.5 1 2 5 10".split()):
+    for alpha in map(float, alphas or "0.005 0.01 0.02 0.05 0.1 0.2 0.5 1 2 5".split()):
         with mt.one_thread_each():
             returns = mt.adaptation_returns(
                 mt.make_policy(family, config), state.theta, family, tasks, 3, 20, alpha,
