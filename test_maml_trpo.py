@@ -6126,12 +6126,16 @@ def finetune(checkpoint: str, *alphas: str) -> None:
     family = mt.family_of(config)
     tasks = family.sample_tasks(mt.random_stream(2025), 20)
     for alpha in map(float, alphas or "0.005 0.01 0.02 0.05 0.1 0.2 0.5 1 2 5".split()):
-        with mt.one_thread_each():
-            returns = mt.adaptation_returns(
-                mt.make_policy(family, config), state.theta, family, tasks, 3, 20, alpha,
-                horizon=config.horizon, gamma=config.gamma, lam=config.lam, seed=2025,
-                workers=config.workers).mean(0)
-        print(f"α {alpha:5g}: " + " ".join(f"{x:9.2f}" for x in returns), flush=True)
+        try:
+            with mt.one_thread_each(), np.errstate(over="ignore"):
+                returns = mt.adaptation_returns(
+                    mt.make_policy(family, config), state.theta, family, tasks, 3, 20,
+                    alpha, horizon=config.horizon, gamma=config.gamma, lam=config.lam,
+                    seed=2025, workers=config.workers).mean(0)
+        except mt.Diverged as error:
+            returns = f"diverged ({error})"
+        print(f"α {alpha:5g}: ", returns if isinstance(returns, str) else
+              " ".join(f"{x:9.2f}" for x in returns), flush=True)
 
 
 def figures() -> None:
