@@ -12,10 +12,7 @@ What this is
     Q: It does not install or run? (Q15)
     A: Four packages, no worker processes; point2d runs without MuJoCo. See README.
 
-Run it
-    python maml_trpo.py --task point2d       train, evaluate, draw, compare
-    python maml_trpo.py --help               every setting, its default, its source
-    python -m pytest                         the proofs (test_maml_trpo.py)
+Run it: `python maml_trpo.py --task point2d`; `--help` shows every setting's source.
 
 Algorithm 3 of the paper, the notes' pseudocode, and the function here
     [MAML Alg.3 l.1]    [notes l.67]     initialise θ            GaussianPolicy.init
@@ -221,8 +218,8 @@ class Point2D(VectorEnv):
     """2D navigation: K points walk from the origin to one unseen goal [MAML §5.3].
 
     Observation (K, 2): position. Action (K, 2): in [−1, 1], clipped, times MAX_STEP.
-    Reward (K,): −distance to the goal after the move. The goal is not observed: only
-    the rewards tell it, which is what the inner step must find out.
+    Reward (K,): −distance to the goal after the move. The goal, uniform on [−½, ½]²,
+    is not observed: only the rewards tell it, and the inner step must find it out.
 
     Paper:         the negative *squared* distance; it ends within 0.01 of the goal.
     Authors' code: −distance, and the end is a box, |dx| and |dy| < 0.01 [maml_rl
@@ -262,23 +259,12 @@ class Point2D(VectorEnv):
         reward = -np.hypot(offset[:, 0], offset[:, 1])                         # (K,)
         inside = np.abs(offset) < self.GOAL_BOX
         terminated = inside[:, 0] & inside[:, 1]
-        if self._ended.any():            # Gymnasium's next-step autoreset: a point that
-            self._position[self._ended] = 0.0          # ended starts anew, its action
-            reward[self._ended] = 0.0                  # ignored, and is given nothing
-            terminated[self._ended] = False
+        if self._ended.any():             # Gymnasium's next-step autoreset: the action of
+            self._position[self._ended] = reward[self._ended] = 0.0    # one that ended is
+            terminated[self._ended] = False                  # ignored, and it starts anew
         self._ended = terminated
         return (self._position.astype(np.float32), reward, terminated,
                 np.zeros(self.num_envs, bool), {})
-
-
-def sample_goals(rng: np.random.Generator, M: int) -> np.ndarray:
-    """M goals, uniform on the unit square around the origin (M, 2) [MAML §5.3]."""
-    return rng.uniform(-0.5, 0.5, (M, 2))
-
-
-def paper_goals(n: int = 40) -> np.ndarray:
-    """The first n of the paper's 40 test goals: numpy's old generator, seed 1."""
-    return np.random.RandomState(1).uniform(-0.5, 0.5, (n, 2))
 
 
 # %% 2. The policy f_θ, a pure function of one flat vector (MAML §5.3)
@@ -1502,6 +1488,16 @@ def walkers(name: str, body, highest: float | None = None) -> TaskFamily:
             lambda n: np.random.RandomState(1).uniform(0, highest, (n, 1)), 200, True)
     return TaskFamily(name, make_envs, lambda rng, M: rng.choice([-1.0, 1.0], (M, 1)),
                       lambda n: np.resize([1.0, -1.0], (n, 1)), 200, True)
+
+
+def sample_goals(rng: np.random.Generator, M: int) -> np.ndarray:
+    """M goals, uniform on the unit square around the origin (M, 2) [MAML §5.3]."""
+    return rng.uniform(-0.5, 0.5, (M, 2))
+
+
+def paper_goals(n: int = 40) -> np.ndarray:
+    """The first n of the paper's 40 test goals: numpy's old generator, seed 1."""
+    return np.random.RandomState(1).uniform(-0.5, 0.5, (n, 2))
 
 
 TASKS: dict[str, TaskFamily] = {family.name: family for family in (
