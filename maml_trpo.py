@@ -259,9 +259,9 @@ class Point2D(VectorEnv):
         reward = -np.hypot(offset[:, 0], offset[:, 1])                         # (K,)
         inside = np.abs(offset) < self.GOAL_BOX
         terminated = inside[:, 0] & inside[:, 1]
-        if self._ended.any():             # Gymnasium's next-step autoreset: the action of
-            self._position[self._ended] = reward[self._ended] = 0.0    # one that ended is
-            terminated[self._ended] = False                  # ignored, and it starts anew
+        if self._ended.any():          # Gymnasium's next-step autoreset: one that ended
+            self._position[self._ended] = reward[self._ended] = 0.0   # starts anew, its
+            terminated[self._ended] = False                          # action is ignored
         self._ended = terminated
         return (self._position.astype(np.float32), reward, terminated,
                 np.zeros(self.num_envs, bool), {})
