@@ -17,26 +17,27 @@ Run it: `python maml_trpo.py --task point2d`; `--help` shows every setting's sou
 Algorithm 3 of the paper, the notes' pseudocode, and the function here
     [MAML Alg.3 l.1]    [notes l.67]     initialise θ            GaussianPolicy.init
     [MAML Alg.3 l.2]    [notes l.33]     while not done          train_maml
-    [MAML Alg.3 l.3]    [notes l.28]     draw tasks Tᵢ ~ p(T)    TaskFamily
-    [MAML Alg.3 l.4,9]  [notes l.34]     for all Tᵢ              map_over_tasks
+    [MAML Alg.3 l.3]    [notes l.28]     draw tasks Tᵢ ~ p(T)    meta_iteration
+    [MAML Alg.3 l.4,9]  [notes l.34]     for all Tᵢ              meta_iteration
     [MAML Alg.3 l.5]    [notes l.1-24]   K episodes D with θ     sample_trajectories
-    [MAML Alg.3 l.6]    [notes l.39-41]  ∇L from D, Eq. 4        inner_loss
-    [MAML Alg.3 l.7]    [notes l.36,42]  θ′ = θ − α∇L            adapt
+    [MAML Alg.3 l.6]    [notes l.40]     L from D, Eq. 4         inner_loss
+    [MAML Alg.3 l.6,7]  [notes l.36,41,42]  ∇L, θ′ = θ − α∇L     adapt
     [MAML Alg.3 l.8]    [notes l.44-45]  K episodes D′ with θ′   sample_trajectories
-    [MAML Alg.3 l.10]   [notes l.51-57]  ∇ Σ L(θ′) using D′      surrogate_and_kl
+    [MAML Alg.3 l.10]   [notes l.51-54]  L(θ′) using D′          surrogate_and_kl
+                        [notes l.55-57]  ∇ of it, g_k            meta_gradient
       TRPO in its place [notes l.47-49]  mean KL, old ‖ new      kl_old_new
-                        [notes l.60-61]  its Hessian, as H·v     hessian_vector_product
+                        [notes l.61]     its Hessian, as H·v     hessian_vector_product
                         [notes l.62]     x ≈ H⁻¹g                conjugate_gradient
                         [notes l.65]     scale, then backtrack   backtrack_line_search
                         [notes l.66]     the new θ               trpo_meta_step
-    [MAML Alg.3 l.11]   [notes l.69]     end while               train_maml
+    [MAML Alg.3 l.11]                    end while               train_maml
 
 Symbols (shapes stand at line ends)
     M tasks · K trajectories a task · H steps · S observation · A action · P parameters
-    θ   theta         (P,)      the meta-parameters, one flat vector
+    θ   theta         (P,)      the meta-parameters, a flat vector; θ_old: before a step
     θ′  theta_prime   (P,)      one task's adapted parameters, a function of θ
     α   alpha         ()        inner step size        γ  gamma, λ  lam: discount, GAE
-    δ   max_kl        ()        trust region: mean KL(old adapted ‖ new adapted) ≤ δ
+    δ   max_kl        ()        trust region, in β's place: mean KL(old ‖ new) ≤ δ
     D   inner data    (K,H,..)  sampled with θ         D′ outer data, sampled with θ′
     Â   adv           (K,H)     advantages             L  loss, minimised (paper: Eq. 4)
     J   ∂θ′/∂θ        (P,P)     I − α∇²L, never formed
@@ -83,24 +84,12 @@ from torch.distributions import Distribution, Independent, Normal, register_kl
 # %% 0. Configuration (MAML §5.3, App. A.2)
 
 
-class BadInput(ValueError):
-    """Unusable input; the message says what, where, and what to do."""
+def setting(default, help: str, choices=None) -> Any:
+    """One field of Config: default, help text with its source, and the choices."""
+    return field(default=default, metadata=dict(help=help, choices=choices))
 
 
-def setting(default, help: str, rule=(None, ""), choices=None) -> Any:
-    """One field of Config: default, help text with its source, and what it must be."""
-    return field(default=default, metadata=dict(help=help, rule=rule, choices=choices))
-
-
-POSITIVE = (lambda x: 0 < x < math.inf, "a finite number above 0")
-NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
-FRACTION = (lambda x: 0 <= x <= 1, "between 0 and 1")
-RATIO = (lambda x: 0 < x < 1, "above 0 and below 1")
-COUNT = (lambda x: 1 <= x <= 10**9, "a whole number, 1 or more")
-COUNT_OR_0 = (lambda x: 0 <= x <= 10**9, "a whole number, 0 or more")
 HVPS = ("finite-difference", "double-backprop", "gauss-newton")
-SIZES = (lambda sizes: sizes and all(1 <= n <= 10**4 for n in sizes),
-         "whole numbers from 1 to 10000, such as 100,100")
 
 
 @dataclass(frozen=True)
@@ -108,54 +97,49 @@ class Config:
     """Every setting of a run; `Config(task="point2d", alpha=0.1)` fills in the rest.
 
     A field whose default is None takes the task's value from PRESETS.
-    Raises BadInput, naming the field, if a value cannot be used.
+    Raises BadInput, naming the field, if a value cannot be used (RULES, in Part II).
     """
     task: str = setting("point2d", "task family")
     method: str = setting("maml", "MAML, or one of the paper's baselines [MAML §5.3]",
-                          choices=("maml", "pretrained", "random", "oracle"))
-    seed: int = setting(0, "seed of everything random", COUNT_OR_0)
-    iterations: int = setting(None, "meta-iterations [MAML Alg.3 l.2]", COUNT_OR_0)
-    meta_batch_size: int = setting(None, "M, tasks a meta-iteration", COUNT)
-    rollouts: int = setting(None, "K, episodes a task and policy", COUNT)
-    horizon: int = setting(None, "H, steps an episode at most", COUNT)
+                          ("maml", "pretrained", "random", "oracle"))
+    seed: int = setting(0, "seed of everything random")
+    iterations: int = setting(None, "meta-iterations [MAML Alg.3 l.2]")
+    meta_batch_size: int = setting(None, "M, tasks a meta-iteration")
+    rollouts: int = setting(None, "K, episodes a task and policy")
+    horizon: int = setting(None, "H, steps an episode at most")
     # The inner step
-    alpha: float = setting(None, "α, inner step size", NOT_NEGATIVE)
-    inner_steps: int = setting(1, "inner steps in training (paper: 1)", COUNT)
+    alpha: float = setting(None, "α, inner step size")
+    inner_steps: int = setting(1, "inner steps in training (paper: 1)")
     first_order: bool = setting(False, "drop the second derivatives: ∂θ′/∂θ = I")
     inner_loss: str = setting(
         "log-prob", "inner estimator: log π·Â (authors' code), or the ratio "
-        "π/stop_grad(π)·Â (LVC of ProMP)", choices=("log-prob", "ratio"))
+        "π/stop_grad(π)·Â (LVC of ProMP)", ("log-prob", "ratio"))
     # Credit
-    gamma: float = setting(None, "γ, discount", FRACTION)
-    lam: float = setting(1.0, "λ of GAE (authors' code)", FRACTION)
+    gamma: float = setting(None, "γ, discount")
+    lam: float = setting(1.0, "λ of GAE (authors' code)")
     # The policy
-    hidden: tuple = setting((100, 100), "hidden layer sizes (paper)", SIZES)
-    activation: str = setting("relu", "hidden units (paper: relu)",
-                              choices=("relu", "tanh"))
-    init_std: float = setting(None, "initial std of the actions", POSITIVE)
+    hidden: tuple = setting((100, 100), "hidden layer sizes (paper)")
+    activation: str = setting("relu", "hidden units (paper: relu)", ("relu", "tanh"))
+    init_std: float = setting(None, "initial std of the actions")
     # TRPO
-    max_kl: float = setting(None, "δ, trust region on the adapted policies", POSITIVE)
-    damping: float = setting(1e-5, "added to H's diagonal (authors' code)",
-                             NOT_NEGATIVE)
-    cg_iterations: int = setting(10, "CG's steps (authors' code)", COUNT)
-    cg_tolerance: float = setting(1e-10, "stop CG at r·r below this (authors' code)",
-                                  NOT_NEGATIVE)
-    hvp: str = setting("finite-difference", "Hessian-vector product", choices=HVPS)
+    max_kl: float = setting(None, "δ, trust region on the adapted policies")
+    damping: float = setting(1e-5, "added to H's diagonal (authors' code)")
+    cg_iterations: int = setting(10, "CG's steps (authors' code)")
+    cg_tolerance: float = setting(1e-10, "stop CG at r·r below this (authors' code)")
+    hvp: str = setting("finite-difference", "Hessian-vector product", HVPS)
     fd_step: float = setting(0.01, "length of the move in θ that a finite difference "
-                             "makes (ours, measured: notes.md)", POSITIVE)
+                             "makes (ours, measured: notes.md)")
     backtrack_ratio: float = setting(
-        0.8, "line search: each trial's step over the last (authors' code)", RATIO)
-    backtrack_steps: int = setting(15, "line search: trials, the full step included "
-                                   "(authors' code)", COUNT)
+        0.8, "line search: each trial's step over the last (authors' code)")
+    backtrack_steps: int = setting(
+        15, "line search: trials, the full step included (authors' code)")
     # Evaluation and machine
-    eval_tasks: int = setting(40, "held-out tasks (paper)", COUNT)
-    eval_episodes: int = setting(40, "episodes a task and step (paper, 2D)", COUNT)
-    eval_steps: int = setting(3, "adaptation steps at evaluation", COUNT_OR_0)
-    eval_alpha: float = setting(
-        None, "α of the first step at evaluation, halved from the second on "
-        "(paper); a given --alpha is the default", NOT_NEGATIVE)
-    workers: int = setting(None, "threads over tasks (default: the cores there are)",
-                           COUNT)
+    eval_tasks: int = setting(40, "held-out tasks (authors' code)")
+    eval_episodes: int = setting(40, "episodes a task and step (paper, 2D)")
+    eval_steps: int = setting(3, "adaptation steps at evaluation")
+    eval_alpha: float = setting(None, "α of the first step at evaluation, halved from "
+                                "the second on (paper); a given --alpha is the default")
+    workers: int = setting(None, "threads over tasks (default: the cores there are)")
 
     @property
     def inner_updates(self) -> int:
@@ -174,7 +158,7 @@ PRESETS: dict[str, dict[str, tuple[Any, str]]] = {
         rollouts=(20, "paper"),
         horizon=(100, "paper"),
         alpha=(0.2, "ours; the paper says 0.1, the run behind its figure used 0.5"),
-        eval_alpha=(0.21, "ours, chosen on 100 other goals: 40 episodes, not 20"),
+        eval_alpha=(0.21, "ours, on 100 other goals; its step has 40 episodes"),
         gamma=(0.99, "authors' code"),
         init_std=(1.0, "authors' code: 1.0 in units of the action limit"),
         max_kl=(0.01, "authors' code; the paper does not state it"),
@@ -190,7 +174,7 @@ class TaskFamily:
     """p(T): environments that share their spaces, and a way to draw tasks.
 
     A task is whatever `envs.reset(seed=…, options={"task": task})` understands (here a
-    row of numbers). Actions reach the environment as the policy drew them: it clips.
+    row of numbers). Actions reach the environment as drawn: the environment clips.
 
     Q: How do I use my own environment? (Q14)
     A: Write a Gymnasium environment whose `reset` takes the task from `options`, and
@@ -218,14 +202,13 @@ class Point2D(VectorEnv):
     """2D navigation: K points walk from the origin to one unseen goal [MAML §5.3].
 
     Observation (K, 2): position. Action (K, 2): in [−1, 1], clipped, times MAX_STEP.
-    Reward (K,): −distance to the goal after the move. The goal, uniform on [−½, ½]²,
-    is not observed: only the rewards tell it, and the inner step must find it out.
+    Reward (K,): −distance to the goal after the move; nothing else tells the goal,
+    which `sample_goals` draws from [−0.5, 0.5]².
 
     Paper:         the negative *squared* distance; it ends within 0.01 of the goal.
-    Authors' code: −distance, and the end is a box, |dx| and |dy| < 0.01 [maml_rl
-                   point_env_randgoal.py]. The paper's numbers come from it: standing
-                   still scores −40.08 on its 40 goals, its policy before adaptation
-                   −40.41.
+    Authors' code: −distance; it ends in the box |dx|, |dy| < 0.01 [maml_rl
+                   point_env_randgoal.py]. The paper's −40.41 before adaptation is of
+                   this scale: standing still scores −40.08 on its 40 goals.
     Here:          as the authors' code. `task_rollout` counts the H steps.
     """
     MAX_STEP, GOAL_BOX = 0.1, 0.01
@@ -279,10 +262,9 @@ class GaussianPolicy:
                    step adapts log σ like all others [maml_rl maml_npo.py].
 
     With θ a plain vector and the network a function of it, an adapted policy is just
-    another vector, θ′ = θ − α∇L, and the graph from θ′ back to θ is never cut. (The
-    pseudocode copies a network and changes the copy in place: see `adapt`.)
+    another vector, θ′ = θ − α∇L, and the graph from θ′ back to θ is never cut.
 
-    Any object with `init`, `distribution` and `sampler` can take this class's place.
+    Training calls `init`, `distribution`, `sampler` and `std`, nothing else.
     """
     MIN_STD = 1e-6
 
@@ -321,7 +303,7 @@ class GaussianPolicy:
         return mean.T.reshape(*obs.shape[:-1], -1)
 
     def distribution(self, theta: Tensor, obs: Tensor) -> DiagonalGaussian:
-        """π_θ(·|x) for obs (..., S); its log_prob, of actions (..., A), is (...)."""
+        """π_θ(·|x) for obs (..., S). Its log_prob: actions (..., A) → (...)."""
         *layers, log_std = self.unpack(theta)
         return DiagonalGaussian(self.mean(layers, obs),
                                 log_std.clamp(min=math.log(self.MIN_STD)))
@@ -346,8 +328,7 @@ class DiagonalGaussian(Independent):
     def log_prob(self, act: Tensor) -> Tensor:
         """log π(a) = Σ_A [ −½((a − μ)/σ)² − log σ − ½ log 2π ]: act (..., A) → (...).
 
-        A *sum* over the action's A numbers: the density of independent parts is the
-        product of their densities. The mean over A would be wrong.
+        A *sum* over A, never a mean: densities of independent parts multiply.
         """
         z = (act - self.mean) / self.log_std.exp()
         return (-0.5 * (z * z).sum(-1)
@@ -364,14 +345,6 @@ def _kl_gaussian(old: DiagonalGaussian, new: DiagonalGaussian) -> Tensor:
 
 
 # %% 3. Rollouts (MAML Alg. 3 lines 5 and 8; notes l.1-24)
-
-
-def random_stream(*key: int) -> np.random.Generator:
-    """Random numbers as a function of `key`, such as (seed, iteration, task, phase).
-
-    The key's length goes in too: numpy takes (a, b) and (a, b, 0, 0) for the same seed.
-    """
-    return np.random.default_rng([len(key), *(int(k) for k in key)])
 
 
 @dataclass
@@ -392,25 +365,22 @@ def task_rollout(envs: VectorEnv, policy, theta: Tensor, task, horizon: int,
                  seed: Sequence[int]) -> Trajectories:
     """K = envs.num_envs episodes of `task` with π_θ, in lockstep [notes l.1-14].
 
-    `seed`: numbers that say which episodes these are, such as (seed, iteration, task,
-    phase). The draws are a function of them and of nothing that happened before, so a
-    run is the same on any number of workers, and when it is resumed.
+    `seed` names these episodes, such as (seed, iteration, task, phase). The draws are a
+    function of it alone, so a run is the same on any number of workers, and resumed.
 
     Q: `cumulative_disc_rew += disc_reward * log_prob`, is that right? [notes l.11]
-    A: No. A step's reward may only be credited to actions that came before it or with
-       it: the policy gradient is E[Σ_t ∇log π(a_t|x_t)·Σ_{t′≥t} r_t′], reward-to-go
-       *times* that step's score. Σ_t r_t·∇log π_t pairs each reward with its own action
-       only, and never learns that an action pays off later. So this function just
-       records; `assign_credit` turns rewards into advantages, and `inner_loss` takes
-       −mean(log π·Â). And what is recorded are numbers, without a graph: log π is
-       computed again when its gradient is wanted.
+    A: No. It credits each reward to the action of the same step only, and never learns
+       that an action pays off later. The policy gradient is E[Σ_t ∇log π(a_t|x_t)·G_t]
+       with the reward-to-go G_t = Σ_{u≥t} r_u. So this function records numbers, with
+       no graph; `assign_credit` makes advantages of them, and `inner_loss`, computing
+       log π again, takes −mean(log π·Â).
     """
     K, H, rng = envs.num_envs, horizon, random_stream(*seed)
     S, A = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     act_on = policy.sampler(theta, rng)
     obs, _ = envs.reset(seed=rng.integers(2**31, size=K).tolist(),
                         options={"task": task})
-    # Samples stand last in memory: the policy's products are faster so.
+    # In memory samples stand last, the columns of `GaussianPolicy.mean`: faster.
     dtype = np.float64 if theta.dtype == torch.float64 else np.float32
     all_obs, all_act = np.zeros((S, K, H), dtype), np.zeros((A, K, H), dtype)
     all_rew, mask = np.zeros((K, H), dtype), np.zeros((K, H), bool)
@@ -440,9 +410,9 @@ def sample_trajectories(family: TaskFamily, task, policy, theta: Tensor, K: int,
     The loop over K of the pseudocode [notes l.17-24] runs as K copies side by side;
     "K rollouts" are K episodes, so K·H timesteps.
     """
-    data = task_rollout(family.envs(K), policy, theta, task,
-                        horizon or family.horizon, seed)
-    check_finite(f"task {task}: the advantage", assign_credit(data, gamma, lam).adv)
+    data = assign_credit(task_rollout(family.envs(K), policy, theta, task,
+                                      horizon or family.horizon, seed), gamma, lam)
+    check_finite(f"task {task}: the advantage", data.adv)
     return data
 
 
@@ -457,10 +427,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def discounted_returns(rew: Tensor, gamma: float) -> Tensor:
-    """Rewards-to-go R_t = r_t + γ·R_{t+1}: (K, H) → (K, H) [SpinUp VPG l.4].
-
-    Nothing is added after the last step: R_{H+1} = 0.
-    """
+    """Rewards-to-go G_t = r_t + γ·G_{t+1}, G_{H+1} = 0; all (K, H) [SpinUp VPG l.4]."""
     out = rew.numpy().copy()
     for t in reversed(range(rew.shape[1] - 1)):
         out[:, t] += gamma * out[:, t + 1]
@@ -475,9 +442,8 @@ class LinearBaseline:
 
     Q: Which data is the baseline fitted on? (Q10)
     A: On the very episodes whose advantages it then gives, afresh for every task and
-       every inner step [maml_rl]. Spinning Up fits V *after* use [SpinUp VPG l.8], on
-       earlier data; a new task has none. The price is a bias that falls as 1/K
-       (notes.md): the fit has seen the returns it is subtracted from.
+       every inner step [maml_rl]. Spinning Up uses the last iteration's fit
+       [SpinUp VPG l.8]; a new task has none. The price: a bias of order 1/K (notes.md).
     """
     RIDGE, CLIP = 1e-5, 10.0
 
@@ -506,11 +472,10 @@ class LinearBaseline:
 def gae(rew: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
     """Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},  δ_t = r_t + γV_{t+1} − V_t [GAE Eq.16].
 
-    All (K, H). With λ = 1, the authors' value, Â_t = R_t − V_t.
+    All (K, H). With λ = 1, the authors' value, Â_t = G_t − V_t. (This δ is no KL.)
 
-    Truncation: V after step H is 0, as after termination: H is part of the MDP (the
-    notes' first item) and the baseline sees t, so there is nothing to bootstrap. It
-    would be a bug only for a time limit that is not part of the task.
+    V after step H is 0, as after termination: H is part of the MDP (the notes' first
+    item). It would be a bug for a time limit that is not part of the task.
     """
     values = values * mask
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
@@ -521,8 +486,7 @@ def gae(rew: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> 
 def standardise(adv: Tensor, mask: Tensor) -> Tensor:
     """(Â − mean)/(std + 1e-8) over one task's samples, (K, H) [maml_rl].
 
-    α is then relative to advantages of size 1, whatever the rewards' scale. The paper
-    does not mention it.
+    So α does not depend on the rewards' scale. The paper does not mention it.
     """
     mean = masked_mean(adv, mask)
     std = masked_mean((adv - mean) ** 2, mask).sqrt()
@@ -548,19 +512,16 @@ def inner_loss(policy, theta: Tensor, trajectories: Trajectories,
 
     Paper:         Eq. 4 is −E[Σ_t R]: a sum over the H steps (as Spinning Up's).
     Authors' code: a mean over all K·H timesteps, of standardised advantages
-                   [maml_rl maml_npo.py]; an α of theirs is an α/H of Eq. 4's.
+                   [maml_rl maml_npo.py]: α here is worth α/H there.
     Here:          as the authors' code.
-
-    `estimator="ratio"` replaces log π by π/stop_grad(π), the LVC estimator of ProMP: at
-    this θ the same gradient, but another Hessian, and so another J.
 
     Q: Why REINFORCE inside and TRPO outside? (Q13)
     A: The inner step must be differentiated, and a line search has no derivative. The
-       outer step is taken once, and may be as careful as it likes.
+       outer step is not differentiated, and may be as careful as it likes.
     Q: Which estimator? log π, ratio, DiCE, E-MAML? (Q11)
-    A: log π, as the paper and its code. log π, ratio and DiCE have the same gradient
-       and differ in the second derivative, which J contains; E-MAML adds a term to the
-       outer gradient: see notes.md, "The dropped term". None puts γᵗ in front.
+    A: log π, as the paper and its code. "ratio", π/stop_grad(π) (LVC of ProMP), and
+       DiCE have its gradient and another second derivative, so another J; E-MAML adds
+       a term to the outer gradient: notes.md, "The dropped term".
     """
     log_prob = policy.distribution(theta, trajectories.obs).log_prob(trajectories.act)
     if estimator == "ratio":
@@ -572,31 +533,27 @@ def adapt(policy, theta: Tensor, inner_data: Sequence[Trajectories], alpha: floa
           create_graph: bool, estimator: str = "log-prob") -> Tensor:
     """θ′ = θ − α∇L(θ), once for each element of `inner_data` [MAML Alg.3 l.7].
 
-    theta, result (P,). With `create_graph` the result is a differentiable function of
-    θ, J = ∂θ′/∂θ = I − α∇²L; without, the gradient enters as a constant and J = I.
-
-    The pseudocode's `copy.deepcopy` and `optim.step()` [notes l.36,42] make θ′ a new
-    leaf, which no gradient can leave towards θ. Its commented-out `get_model_update`
-    would compute θ′ − θ, which is −α∇L: here it is in plain sight, and nobody needs it.
+    theta, result (P,). `copy.deepcopy` and `optim.step()` of [notes l.36,42] make θ′
+    a new leaf: no gradient flows from it to θ. (`get_model_update`, commented out above
+    the listing, would be θ′ − θ = −α∇L; nobody needs it.)
 
     Q: First or second order? What does create_graph do? (Q2)
-    A: ∇_θ V(θ′(θ)) = Jᵀ∇V(θ′), and J holds second derivatives of L. create_graph=True
+    A: For any f, ∇_θ f(θ′(θ)) = Jᵀ∇f(θ′) with J = ∂θ′/∂θ = I − α∇²L. create_graph=True
        records the computation of ∇L itself, so that backward can differentiate it.
-       With False, autograd sees θ′ = θ − constant: first-order MAML (--first-order).
+       With False, autograd sees θ′ = θ − constant, J = I: first-order MAML.
     Q: Several inner steps? (Q5)
     A: Each on fresh episodes of the policy it starts from; J = J_n···J_1, a product
-       of n factors I − α∇²L, still second derivatives only. (Not symmetric if n > 1.)
+       of n factors I − α∇²L, still second derivatives only.
     """
     theta_prime = theta if theta.requires_grad else theta.detach().requires_grad_()
     for trajectories in inner_data:
-        with torch.enable_grad():
-            loss = inner_loss(policy, theta_prime, trajectories, estimator)
+        loss = inner_loss(policy, theta_prime, trajectories, estimator)
         (grad,) = torch.autograd.grad(loss, theta_prime, create_graph=create_graph)
         theta_prime = theta_prime - alpha * grad
     return theta_prime
 
 
-# %% 6. The meta-objective and the KL (MAML Alg. 3 line 10; notes l.47-60)
+# %% 6. The meta-objective and the KL (MAML Alg. 3 line 10; notes l.44-54, 60)
 
 
 @dataclass
@@ -611,9 +568,8 @@ def mean_over_tasks(function: Callable[[Any], Tensor], tasks: Sequence,
                     workers: int = 1) -> Tensor:
     """(1/M) Σ_i function(task i): every mean of the outer loop [MAML Alg.3 l.10].
 
-    The sum runs in task order and in float64: the number of threads cannot change it.
-    Under torchrun each process holds a share of the tasks, and this all_reduce is all
-    that travels. (The paper sums over tasks: TRPO's step cannot tell.)
+    In task order and float64: the number of threads cannot change it. Under torchrun
+    the processes share the tasks. (The paper's sum over tasks gives the same step.)
     """
     results = map_over_tasks(function, tasks, workers)
     total = torch.stack([result.detach().double() for result in results]).sum(0)
@@ -627,9 +583,8 @@ def kl_old_new(old: Distribution, new: Distribution) -> Tensor:
     """KL(π_old ‖ π_new) of each sample, in closed form: (...) [TRPO Eq.12].
 
     Q: The KL is always 0 and the ratio always 1: is this a bug? (Q1)
-    A: No. At θ = θ_old both policies are the same, so the KL is 0, and so is its
-       gradient (0 is its minimum). What TRPO uses is its *Hessian* there, JᵀFJ. It
-       would be a bug if the KL were still 0 after the step.
+    A: No. At θ_old both policies are the same: the KL is at its minimum, 0, with
+       gradient 0. TRPO uses its *Hessian* there, JᵀFJ. 0 after the step is a bug.
     Q: Which direction? (Q12)
     A: Old first, as TRPO. The two directions have the same Hessian at θ_old, the Fisher
        matrix, and differ from the third order on: the line search can tell.
@@ -658,15 +613,14 @@ def surrogate_and_kl(policy, theta: Tensor, task_data: TaskData, alpha: float,
     surrogate = −mean over D′ of π_{θ′(θ)}(a|x) / π_{θ′(θ_old)}(a|x) · Â′  [TRPO Eq.14]
     kl        =  mean over D′ of KL(π_{θ′(θ_old)}(·|x) ‖ π_{θ′(θ)}(·|x))
 
-    Both compare *adapted* policies, on the states these visit. The pseudocode takes
-    the KL between a task's adapted policy and the meta-policy [notes l.48]: that
-    bounds how far the inner step goes, not the meta-step. And it has no importance
-    ratio [notes l.54], without which no value away from θ_old is a return.
+    Both compare *adapted* policies, on D′'s states. The pseudocode's KL is between
+    adapted and meta-policy [notes l.48]: it bounds the inner step, not the meta-step.
+    Nor has it a ratio [notes l.54]: a line search could compare nothing.
 
     Q: Why run the inner update again in here? (Q8)
     A: The θ′ that sampled D′ is a vector without a graph. The outer gradient needs θ′
-       *as a function of θ*, so it is recomputed from the stored D. The line search
-       needs it too: with every trial θ, the adapted policies move.
+       *as a function of θ*, from the stored D; and every trial θ of the line search
+       has adapted policies of its own.
     Q: "KL always 0, ratio always 1"? (Q1)
     A: Yes at θ_old, by construction; the gradient of the ratio is what counts.
     """
@@ -683,7 +637,7 @@ def mean_kl(new: Distribution, task_data: TaskData) -> Tensor:
     return masked_mean(kl_old_new(task_data.old, new), task_data.outer.mask)
 
 
-# %% 7. The TRPO step (TRPO §6, App. C; SpinUp TRPO lines 7-9; notes l.51-66)
+# %% 7. The TRPO step (TRPO §6, App. C; SpinUp TRPO lines 7-9; notes l.55-66)
 #
 # One step of TRPO on the meta-objective, in place of Algorithm 3's line 10:
 #     g = ∇ surrogate(θ_old)        H = ∇²KL(θ_old), P × P, known only through v ↦ H·v
@@ -703,10 +657,9 @@ def meta_gradient(policy, theta: Tensor, task_data: TaskData, alpha: float,
 
     Q: What must `meta_grad.backward()` reach, and what is g_k? [notes l.55-57]
     A: It must reach the *meta*-parameters θ, through θ′ = θ − α∇L(θ) and the gradient
-       in it: g = Jᵀ∇V(θ′). g_k is its mean over tasks: one number for each parameter,
-       (P,). The pseudocode's path is cut three times: rewards carry no graph;
-       `copy.deepcopy` makes parameters that do not know θ; `optim.step()` changes
-       them in place, outside the graph. Its `backward()` leaves θ without a gradient.
+       in it: g = Jᵀ∇_θ′ surrogate. g_k is its mean over tasks, (P,). The pseudocode's
+       path is cut twice: `copy.deepcopy` makes parameters that do not know θ, and
+       `optim.step()` changes them outside the graph. θ is left without a gradient.
     """
     return gradient(lambda t: surrogate_and_kl(
         policy, t, task_data, alpha, first_order, estimator)[0], theta)
@@ -716,7 +669,7 @@ def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor,
                            v: Tensor, step: float = 0.01,
                            grad_at_theta: Tensor | None = None,
                            symmetric: bool = False) -> Tensor:
-    """H·v by a finite difference of a gradient; theta, v, result (P,) [MAML §5.3].
+    """H·v by a finite difference of ∇k = grad_fn; theta, v, result (P,) [MAML §5.3].
 
     one-sided:  H·v ≈ (∇k(θ + εv) − ∇k(θ)) / ε           error O(ε)
     symmetric:  H·v ≈ (∇k(θ + εv) − ∇k(θ − εv)) / (2ε)    error O(ε²), twice the cost
@@ -733,19 +686,16 @@ def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor,
        third-order graph and multiplies it by zero. A difference of ∇k needs second
        derivatives only. (Part II has the exact products.)
     Q: What size is the KL's Hessian? (obs × obs) × act? [notes l.61]
-    A: P × P, here 10,604², never formed; that of the mean over a task's samples, then
-       over tasks. (`kl_div.mean(axis=1)` [notes l.60] would keep one for each task.)
+    A: P × P, here 10,604², never formed: one Hessian, of the KL averaged over samples
+       and tasks. (`kl_div.mean(axis=1)` [notes l.60] would keep one for each task.)
     Q: What are CG, Hessian-vector products, damping for? (Q7)
     A: See `conjugate_gradient`.
 
-    Authors' code: symmetric, with an ε of 1/‖θ‖ through a mixed-up argument, so a move
-                   of ‖v‖/‖θ‖ that shrinks as CG proceeds [maml_rl
-                   conjugate_gradient_optimizer.py].
-    Here:          one-sided, step 0.01: 1-4 % error along g on point2d, 8-9 % along
-                   CG's later directions. ReLU's kinks set the limit, not rounding: at
-                   initialisation, where all episodes start on them, the error *grows*
-                   as the step shrinks (2.5 % at 0.01, 25 % at 0.001; figure in
-                   notes.md). `--hvp gauss-newton` is exact, at twice the price.
+    Authors' code: symmetric, ε = 1/‖θ‖ through a mixed-up argument: a move of ‖v‖/‖θ‖
+                   [maml_rl conjugate_gradient_optimizer.py].
+    Here:          one-sided, step 0.01: 1-9 % error on point2d. A smaller step is worse
+                   at initialisation, where episodes start on ReLU's kinks (x = 0, zero
+                   biases): notes.md. `--hvp gauss-newton` is exact, at twice the price.
     """
     eps = step / v.norm()
     if symmetric:
@@ -758,17 +708,16 @@ def conjugate_gradient(hvp: Callable[[Tensor], Tensor], b: Tensor, iterations: i
                        tolerance: float = 1e-10) -> tuple[Tensor, Tensor]:
     """x ≈ H⁻¹b from products H·p alone: → (x, r = b − Hx), all (P,) [SpinUp TRPO l.8].
 
-    Stops at r·r < `tolerance`, or when pᵀHp is not positive (H is no metric along p,
-    or the product is NaN): x is then what it had before.
+    Stops at r·r < `tolerance`, or, keeping the last x, when pᵀHp is not positive.
 
     Q: x = inverse(kl_hessian) * meta_grad, is that right? [notes l.62]
-    A: H⁻¹g is what is wanted, but H has P² ≈ 10⁸ entries and need not have an
-       inverse. CG needs no entry of H, only products H·p, and its n-th x is the
-       best one within the span of g, Hg, …, Hⁿ⁻¹g. Ten products do.
+    A: H⁻¹g is wanted, but H has P² ≈ 10⁸ entries and need not have an inverse (and `*`
+       multiplies entry by entry, with meta_grad a loss, not g). CG needs products H·p
+       only; its n-th x is the best one in the span of g, Hg, …, Hⁿ⁻¹g. Ten do.
     Q: What are CG, HVP, damping for, and whose Hessian is it? (Q7)
     A: The Hessian of the mean KL between old and new *adapted* policies, as a function
-       of θ: it measures a step by what it does to them. Damping adds 1e-5·I, so that
-       directions in which the KL is flat do not give infinite steps.
+       of θ: it measures a step by what it does to them. Damping, in `trpo_meta_step`,
+       adds 1e-5·I: directions in which the KL is flat give no infinite steps.
     """
     x, r, p = torch.zeros_like(b), b, b
     rr = r @ r
@@ -818,24 +767,20 @@ def backtrack_line_search(evaluate: Callable[[Tensor], tuple[float, float]],
 
 def kl_hessian_product(policy, theta: Tensor, task_data: Sequence[TaskData],
                        config: Config) -> Callable[[Tensor], Tensor]:
-    """v ↦ H·v of the mean KL at θ = θ_old, by the product that `config.hvp` names."""
+    """v ↦ H·v of the mean KL at θ_old; --hvp's exact products: Part II."""
     settings = config.alpha, config.first_order, config.inner_loss
-
-    mean = functools.partial(mean_over_tasks, tasks=task_data, workers=config.workers)
 
     def kl(data):                                  # k(θ) = κ(θ′(θ)) of one task
         return lambda t: mean_kl(adapted_distribution(
             policy, t, data.inner, data.outer.obs, *settings), data)
 
-    return {
-        "finite-difference": lambda v: hessian_vector_product(
-            lambda t: mean(lambda data: gradient(kl(data), t)), theta, v,
-            config.fd_step),
-        "double-backprop": lambda v: mean(
-            lambda data: double_backprop_product(kl(data), theta, v)),
-        "gauss-newton": lambda v: mean(
-            lambda data: gauss_newton_product(policy, theta, data, v, *settings)),
-    }[config.hvp]
+    def mean(function):
+        return mean_over_tasks(function, task_data, config.workers)
+
+    if config.hvp != "finite-difference":
+        return exact_product(policy, theta, kl, mean, config)
+    return lambda v: hessian_vector_product(
+        lambda t: mean(lambda data: gradient(kl(data), t)), theta, v, config.fd_step)
 
 
 def trpo_meta_step(policy, theta: Tensor, task_data: Sequence[TaskData], config: Config,
@@ -845,11 +790,10 @@ def trpo_meta_step(policy, theta: Tensor, task_data: Sequence[TaskData], config:
     clock = Stopwatch()
 
     def evaluate(t: Tensor) -> tuple[float, float]:
-        surrogate, kl = mean_over_tasks(lambda data: torch.stack(surrogate_and_kl(
-            policy, t.detach(), data, *settings)), task_data, config.workers).tolist()
-        return surrogate, kl
+        return tuple(mean_over_tasks(lambda data: torch.stack(surrogate_and_kl(
+            policy, t.detach(), data, *settings)), task_data, config.workers).tolist())
 
-    # At θ_old every ratio is 1: the surrogate is −mean Â′, 0 where Â′ is standardised.
+    # At θ_old every ratio is 1: the surrogate is −mean Â′, 0 but for rounding.
     before = float(mean_over_tasks(lambda data: -masked_mean(
         data.outer.adv, data.outer.mask), task_data))
     g = mean_over_tasks(lambda data: meta_gradient(policy, theta, data, *settings),
@@ -890,7 +834,7 @@ def sample_task_data(policy, theta: Tensor, family: TaskFamily, task, config: Co
     for step in range(config.inner_updates):
         inner.append(sample(theta_prime, step))                             # l.5
         theta_prime = adapt(policy, theta_prime, inner[-1:], config.alpha,  # l.6, l.7
-                            False, config.inner_loss).detach()
+                            False, config.inner_loss).detach()   # numbers only: Q8
     outer = sample(theta_prime, config.inner_updates)                       # l.8
     return TaskData(inner, outer, policy.distribution(theta_prime, outer.obs))
 
@@ -906,12 +850,10 @@ def train_maml(config: Config, family: TaskFamily | None = None,
     Raises Diverged when a number stops being finite.
 
     Q: What else is wrong with the pseudocode's loop?
-    A: Loudly: `updated_model_reward` and `kl_div` are never emptied, so the second
-       iteration runs backward through a graph that is freed; `.mean(axis=1)` of a list
-       [notes l.60] is an error at once. Silently: one fixed list of tasks in place of
-       draws from p(T) [notes l.28]; no `zero_grad`, so a copy's inner and outer
-       gradients add up; one optimizer, which still holds the parameters of a replaced
-       model; and see `surrogate_and_kl` and `backtrack_line_search`.
+    A: Loudly: no `torch.kl_divergence` [notes l.48]; a list has no `mean` [notes l.60];
+       its lists are never emptied: iteration 2 goes backward through a freed graph.
+       Silently: one fixed list of tasks [notes l.28]; one optimizer, which holds a
+       replaced model's parameters; see `surrogate_and_kl`, `backtrack_line_search`.
     """
     family = family or family_of(config)
     policy = make_policy(family, config)
@@ -938,23 +880,14 @@ def meta_iteration(policy, family: TaskFamily, state: TrainState, config: Config
         lambda m: sample_task_data(policy, theta, family, tasks[m], config,
                                    (config.seed, i, m)),
         mine, config.workers if family.threads else 1)
-    returns = gather_over_tasks(                                               # (M, 2)
-        [[(d.inner or [d.outer])[0].mean_return(), d.outer.mean_return()]
-         for d in data], mine, len(tasks))
-    row = dict(iteration=i, return_pre=float(returns[:, 0].mean()),
-               return_post=float(returns[:, 1].mean()), seconds_sampling=clock.lap())
-
-    new_theta, stats = trpo_meta_step(policy, theta, data, config)             # l.10
+    returns = returns_of_tasks(data, mine, len(tasks))                      # (M, 2)
+    stats = dict(seconds_sampling=clock.lap())
+    new_theta, step = trpo_meta_step(policy, theta, data, config)              # l.10
     check_finite("θ", new_theta)
     check_std(policy.std(new_theta))
-    row.update(stats, std_mean=float(policy.std(new_theta).mean()),
-               seconds_total=watch.lap())
-    better = row["return_post"] > state.best_return
-    return TrainState(
-        i + 1, new_theta, state.rows + [{name: row[name] for name in PROGRESS_COLUMNS}],
-        state.spread + [np.percentile(returns, [25, 75], axis=0).T.flatten().tolist()],
-        theta if better else state.best_theta,
-        row["return_post"] if better else state.best_return)
+    stats.update(step, std_mean=float(policy.std(new_theta).mean()),
+                 seconds_total=watch.lap())
+    return state.after(new_theta, returns, stats)
 
 
 # =====================================================================================
@@ -1006,6 +939,18 @@ def gauss_newton_product(policy, theta: Tensor, task_data: TaskData, v: Tensor,
     return v
 
 
+def exact_product(policy, theta: Tensor, kl: Callable, mean: Callable,
+                  config: Config) -> Callable[[Tensor], Tensor]:
+    """`kl_hessian_product` for the two exact products."""
+    settings = config.alpha, config.first_order, config.inner_loss
+    return {
+        "double-backprop": lambda v: mean(
+            lambda data: double_backprop_product(kl(data), theta, v)),
+        "gauss-newton": lambda v: mean(
+            lambda data: gauss_newton_product(policy, theta, data, v, *settings)),
+    }[config.hvp]
+
+
 # %% Part II: machinery that Part I calls
 
 
@@ -1034,6 +979,37 @@ def complete(config: Config) -> None:
     if steps > 10**8:
         raise BadInput(f"horizon × rollouts × meta_batch_size and horizon × "
                        f"eval_episodes × eval_tasks are at most 10**8, not {steps}")
+
+
+class BadInput(ValueError):
+    """Unusable input; the message says what, where, and what to do."""
+
+
+POSITIVE = (lambda x: 0 < x < math.inf, "a finite number above 0")
+NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
+FRACTION = (lambda x: 0 <= x <= 1, "between 0 and 1")
+COUNT = (lambda x: 1 <= x <= 10**9, "a whole number, 1 or more")
+COUNT_OR_0 = (lambda x: 0 <= x <= 10**9, "a whole number, 0 or more")
+RULES = {                                 # field of Config → what its value must be
+    **dict.fromkeys(("seed", "iterations", "eval_steps"), COUNT_OR_0),
+    **dict.fromkeys(("meta_batch_size", "rollouts", "horizon", "inner_steps", "workers",
+                     "cg_iterations", "backtrack_steps", "eval_tasks", "eval_episodes"),
+                    COUNT),
+    **dict.fromkeys(("alpha", "damping", "cg_tolerance", "eval_alpha"), NOT_NEGATIVE),
+    **dict.fromkeys(("init_std", "max_kl", "fd_step"), POSITIVE),
+    **dict.fromkeys(("gamma", "lam"), FRACTION),
+    "backtrack_ratio": (lambda x: 0 < x < 1, "above 0 and below 1"),
+    "hidden": (lambda sizes: sizes and all(1 <= n <= 10**4 for n in sizes),
+               "whole numbers from 1 to 10000, such as 100,100"),
+}
+
+
+def random_stream(*key: int) -> np.random.Generator:
+    """Random numbers as a function of `key`, such as (seed, iteration, task, phase).
+
+    The key's length goes in too: numpy takes (a, b) and (a, b, 0, 0) for the same seed.
+    """
+    return np.random.default_rng([len(key), *(int(k) for k in key)])
 
 
 def map_over_tasks(function: Callable, tasks: Sequence, workers: int = 1) -> list:
@@ -1160,6 +1136,12 @@ def gather_over_tasks(values: Sequence, mine: Sequence[int], M: int) -> np.ndarr
     return np.array([row for _, row in sorted(sum(everyone, []))])
 
 
+def returns_of_tasks(data: Sequence[TaskData], mine: Sequence[int], M: int):
+    """Mean returns with θ and with θ′ of all M tasks, for the log: (M, 2)."""
+    return gather_over_tasks([[(d.inner or [d.outer])[0].mean_return(),
+                               d.outer.mean_return()] for d in data], mine, M)
+
+
 class Stopwatch:
     """Seconds between calls of `lap`."""
 
@@ -1226,6 +1208,18 @@ class TrainState:
         theta = policy.init(torch.Generator().manual_seed(config.seed))
         return TrainState(0, theta, [], [], theta, -math.inf)
 
+    def after(self, theta: Tensor, returns: np.ndarray, stats: dict) -> TrainState:
+        """The next state; returns (M, 2): with self.theta and with each task's θ′."""
+        pre, post = returns.mean(0).tolist()
+        row = dict(stats, iteration=self.iteration, return_pre=pre, return_post=post)
+        better = post > self.best_return
+        return TrainState(
+            self.iteration + 1, theta,
+            self.rows + [{name: row[name] for name in PROGRESS_COLUMNS}],
+            self.spread + [np.percentile(returns, [25, 75], 0).T.flatten().tolist()],
+            self.theta if better else self.best_theta,
+            post if better else self.best_return)
+
 
 def check_setting(f: dataclasses.Field, value) -> None:
     """Raise BadInput unless `value` has the type and range of Config's field `f`."""
@@ -1235,7 +1229,7 @@ def check_setting(f: dataclasses.Field, value) -> None:
     wrong_type = not isinstance(value, kind) or f.type != "bool" and any(
         isinstance(x, bool) or f.type == "tuple" and not isinstance(x, int)
         for x in numbers)
-    choices, (ok, must) = f.metadata["choices"], f.metadata["rule"]
+    choices, (ok, must) = f.metadata["choices"], RULES.get(f.name, (None, ""))
     if choices and (wrong_type or value not in choices):
         raise BadInput(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
     if wrong_type or ok and not ok(value):

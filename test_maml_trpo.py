@@ -3192,8 +3192,8 @@ MUTANTS = [
     # faults
     ("numbers of a rollout are not checked",
      "    check_rollout(task, all_obs, all_act, all_rew[None])\n", ""),
-    ("advantages are not checked", "check_finite(f\"task {task}: the advantage\", "
-     "assign_credit(data, gamma, lam).adv)", "assign_credit(data, gamma, lam)"),
+    ("advantages are not checked", "    check_finite(f\"task {task}: the advantage\", data.adv)\n",
+     ""),
     ("a collapsed std goes on", "    check_std(policy.std(new_theta))\n", ""),
     ("a damaged checkpoint is read", "if zipfile.ZipFile(path).testzip():", "if False:"),
     ("half-written files pile up", "            path.unlink()\n", "            pass\n"),
