@@ -380,26 +380,27 @@ def task_rollout(envs: VectorEnv, policy, theta: Tensor, task, horizon: int,
     act_on = policy.sampler(theta, rng)
     obs, _ = envs.reset(seed=rng.integers(2**31, size=K).tolist(),
                         options={"task": task})
-    # In memory samples stand last, the columns of `GaussianPolicy.mean`: faster.
     dtype = np.float64 if theta.dtype == torch.float64 else np.float32
-    all_obs, all_act = np.zeros((S, K, H), dtype), np.zeros((A, K, H), dtype)
-    all_rew, mask = np.zeros((K, H), dtype), np.zeros((K, H), bool)
+    all_obs, all_act = np.zeros((H, K, S), dtype), np.zeros((H, K, A), dtype)
+    all_rew, mask = np.zeros((H, K), dtype), np.zeros((H, K), bool)
     running = np.ones(K, bool)
     for t in range(H):
         action = act_on(obs)                                   # a_t ~ π_θ(·|x_t) (K, A)
         next_obs, reward, terminated, truncated, _ = envs.step(action)
-        all_obs[:, :, t], all_act[:, :, t] = obs.T, action.T
-        all_rew[:, t], mask[:, t] = reward, running
-        running = running & ~(terminated | truncated)
-        if not running.any():
-            break
+        all_obs[t], all_act[t], all_rew[t], mask[t] = obs, action, reward, running
+        if terminated.any() or truncated.any():
+            running = running & ~(terminated | truncated)
+            if not running.any():
+                break
         obs = next_obs
     for x in (all_obs, all_act, all_rew):
-        x[..., ~mask] = 0                      # what came after an episode's end
-    check_rollout(task, all_obs, all_act, all_rew[None])
-    return Trajectories(*(torch.from_numpy(x) for x in (
-        np.moveaxis(all_obs, 0, -1), np.moveaxis(all_act, 0, -1), all_rew,
-        mask.astype(dtype))))
+        x[~mask] = 0                           # what came after an episode's end
+    check_rollout(task, all_obs, all_act, all_rew[..., None])
+    # In memory samples stand last, the columns of `GaussianPolicy.mean`: faster.
+    return Trajectories(*(torch.from_numpy(np.ascontiguousarray(x.T)).movedim(0, -1)
+                          for x in (all_obs, all_act)),
+                        *(torch.from_numpy(np.ascontiguousarray(x.T))
+                          for x in (all_rew, mask.astype(dtype))))
 
 
 def sample_trajectories(family: TaskFamily, task, policy, theta: Tensor, K: int, *,
@@ -767,7 +768,11 @@ def backtrack_line_search(evaluate: Callable[[Tensor], tuple[float, float]],
 
 def kl_hessian_product(policy, theta: Tensor, task_data: Sequence[TaskData],
                        config: Config) -> Callable[[Tensor], Tensor]:
-    """v ↦ H·v of the mean KL at θ_old; --hvp's exact products: Part II."""
+    """v ↦ H·v of the mean KL at θ_old; --hvp's exact products: Part II.
+
+    With --first-order or the ratio estimator a difference is not symmetric: it moves θ′
+    by its true J and multiplies by the estimator's Jᵀ. Then use --hvp gauss-newton.
+    """
     settings = config.alpha, config.first_order, config.inner_loss
 
     def kl(data):                                  # k(θ) = κ(θ′(θ)) of one task
@@ -1174,13 +1179,13 @@ def check_std(std: Tensor) -> None:
 
 
 def check_rollout(task, *recorded: np.ndarray) -> None:
-    """Name the first number that is not finite: obs (S,K,H), act (A,K,H), rew (1,K,H).
+    """Name the first number that is not finite: obs (H,K,S), act (H,K,A), rew (H,K,1).
 
     A bad action is the policy's fault, the others are the environment's.
     """
-    finite = np.stack([np.isfinite(x).all(0) for x in recorded])               # (3,K,H)
+    finite = np.stack([np.isfinite(x).all(-1) for x in recorded], axis=-1)     # (H,K,3)
     if not finite.all():
-        step, _, which = np.argwhere(~finite.T)[0]
+        step, _, which = np.argwhere(~finite)[0]
         name = ("observation", "action", "reward")[which]
         error, advice = ((Diverged, SMALLER) if name == "action" else
                          (BadInput, "check the environment's reset() and step()"))
@@ -1741,7 +1746,9 @@ def write_evaluation(path: Path, method: str, returns: np.ndarray) -> None:
 def read_evaluation(folder: Path, task: str) -> tuple[str, np.ndarray]:
     """Another run's method and (tasks, steps + 1) table; BadInput if there is none."""
     try:
-        with open(folder / "config.json", encoding="utf-8") as f:
+        run = (folder / "config.json").exists()
+        with open(folder / ("config.json" if run else "evaluated.json"),
+                  encoding="utf-8") as f:
             other = json.load(f)["task"]
         with open(folder / "evaluation.csv", newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
@@ -1973,8 +1980,8 @@ def render_gif(path: Path, config: Config, theta: Tensor, every: int = 2) -> Non
 
 # %% 11. Command line
 
-RUN_FILES = ("config.json", "checkpoint.pt", "progress.csv", "evaluation.csv",
-             "learning.png", "adaptation.png", "trajectories.png")
+RUN_FILES = ("config.json", "evaluated.json", "checkpoint.pt", "progress.csv",
+             "evaluation.csv", "learning.png", "adaptation.png", "trajectories.png")
 EVALUATION_FLAGS = ("eval_tasks", "eval_episodes", "eval_steps", "eval_alpha",
                     "workers", "seed")
 
@@ -2086,6 +2093,12 @@ def resumed(folder: Path, given: dict) -> tuple[Config, TrainState | None]:
     return dataclasses.replace(config, **allowed), state
 
 
+def write_config(path: Path, config: Config) -> None:
+    """A run's settings, or in evaluated.json those of an evaluation without a run."""
+    write_atomically(path, lambda beside: beside.write_text(
+        json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8"))
+
+
 def read_config(path: Path) -> Config | None:
     """The settings in a run's config.json; None if there is none."""
     if not path.exists():
@@ -2128,8 +2141,7 @@ def train_in_folder(config: Config, folder: Path, state: TrainState) -> TrainSta
 
     if first_rank():
         save_checkpoint(folder / "checkpoint.pt", config, state)
-        write_atomically(folder / "config.json", lambda beside: beside.write_text(
-            json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8"))
+        write_config(folder / "config.json", config)
         write_csv(folder / "progress.csv", PROGRESS_COLUMNS,
                   [row.values() for row in state.rows])
     if state.iteration < config.iterations:
@@ -2219,6 +2231,8 @@ def run(options: dict[str, Any]) -> int:
             f"episodes × {config.horizon} steps, twice; {config.workers} workers; "
             f"writes to {folder}")
         state = train_in_folder(config, folder, state)
+    elif first_rank():
+        write_config(folder / "evaluated.json", config)
     report(config, folder, state, options.get("compare", []))
     if "render" in options and first_rank():
         render_gif(options["render"], config, state.theta)

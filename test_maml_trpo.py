@@ -670,7 +670,7 @@ def test_three_products_equal_the_dense_hessian(inner_steps):
 
 
 def test_products_of_first_order_maml_are_the_fisher_matrix():
-    """--first-order: J = I in every product."""
+    """--first-order: J = I in the exact products."""
     policy, theta, data = small_problem(seed=6, inner_steps=2)
     phi = mt.adapt(policy, theta, data.inner, ALPHA, False).detach()
     still = mt.TaskData([], data.outer, data.old)
@@ -936,7 +936,8 @@ def test_command_line_trains_evaluates_draws_and_says_where(tmp_path):
     out = command("--task", "point2d", "--iterations", 2, *TINY, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     folder = tmp_path / "runs" / "point2d-maml-seed0"
-    assert sorted(p.name for p in folder.iterdir()) == sorted(mt.RUN_FILES)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        {*mt.RUN_FILES} - {"evaluated.json"})
     assert str(Path("runs/point2d-maml-seed0")) in out.stdout.splitlines()[-1]
     assert "maml, paper" in out.stdout and "-40.41" in out.stdout
     with open(folder / "progress.csv") as f:
@@ -961,6 +962,8 @@ def test_command_line_resumes_extends_compares_and_evaluates(tmp_path, capsys):
     capsys.readouterr()
     assert mt.main(["--evaluate", str(a / "checkpoint.pt"), "--out", str(tmp_path / "e"),
                     "--compare", str(b)]) == 0
+    assert mt.main(["--evaluate", str(a / "checkpoint.pt"), "--out", str(tmp_path / "f"),
+                    "--compare", str(tmp_path / "e")]) == 0       # of an evaluation, too
     assert "maml, b" in capsys.readouterr().out
     assert (tmp_path / "e" / "evaluation.csv").read_text() == (
         a / "evaluation.csv").read_text()
@@ -3035,6 +3038,373 @@ def test_render_without_a_renderer_says_so_in_one_sentence(monkeypatch):
         mt.walker_camera("ant.xml")
 
 
+# %% What a careless port gets wrong: settings, seeds, states that are passed on
+
+
+def dense_meta_step(policy, theta, data, config):
+    """−√(2δ/xᵀHx)·x, written out: g and H of the mean over tasks by autograd, P × P."""
+    def adapted(t, inner):
+        for d in inner:
+            log_prob = policy.distribution(t, d.obs).log_prob(d.act)
+            if config.inner_loss == "ratio":
+                log_prob = (log_prob - log_prob.detach()).exp()
+            loss = -(log_prob * d.adv * d.mask).sum() / d.mask.sum()
+            grad = torch.autograd.grad(loss, t, create_graph=True)[0]
+            t = t - config.alpha * (grad.detach() if config.first_order else grad)
+        return t
+
+    def mean(each):
+        def function(t):
+            total = 0
+            for d in data:
+                phi = adapted(t, d.inner)
+                new = torch.distributions.Normal(
+                    policy.distribution(phi, d.outer.obs).mean, phi[-2:].exp())
+                old = torch.distributions.Normal(
+                    d.old.mean.detach(), d.old.log_std.detach().exp())
+                x = each(old, new, d.outer)
+                total += (x * d.outer.mask).sum() / d.outer.mask.sum() / len(data)
+            return total
+        return function
+
+    t = theta.clone().requires_grad_()
+    g = torch.autograd.grad(mean(lambda old, new, d: -d.adv * (
+        new.log_prob(d.act) - old.log_prob(d.act)).sum(-1).exp())(t), t)[0]
+    H = torch.autograd.functional.hessian(mean(
+        lambda old, new, d: torch.distributions.kl_divergence(old, new).sum(-1)), theta)
+    H = H + config.damping * torch.eye(len(theta))
+    x = torch.linalg.solve(H, g)
+    return -math.sqrt(2 * config.max_kl / float(x @ H @ x)) * x
+
+
+@pytest.mark.parametrize("hvp", ["double-backprop", "gauss-newton"])
+@pytest.mark.parametrize("changes", [dict(first_order=True), dict(inner_loss="ratio")])
+def test_meta_step_of_first_order_and_of_ratio_equals_dense_solve(hvp, changes):
+    """Gradient and product both heed --first-order and --inner-loss."""
+    config = tiny_config(hvp=hvp, hidden=(4,), damping=0.2, cg_iterations=60, alpha=1.0,
+                         cg_tolerance=1e-22, activation="tanh", **changes)
+    policy, theta, data = sampled_problem(config)
+    full = dense_meta_step(policy, theta, data, config)
+    other = dense_meta_step(policy, theta, data, dataclasses.replace(
+        config, first_order=False, inner_loss="log-prob"))
+    assert (full - other).norm() > 0.02 * full.norm(), "the test shows too little"
+    new, stats = mt.trpo_meta_step(policy, theta, data, config)
+    j = stats["line_search_steps"] - 1
+    assert j >= 0
+    assert (new - theta - 0.8**j * full).norm() < 1e-6 * full.norm()
+
+
+@pytest.mark.parametrize("changes", [dict(first_order=True), dict(inner_loss="ratio")])
+def test_difference_product_has_the_estimators_J_on_its_left_only(changes):
+    """A difference moves θ′ by its true J, log π's: the product is J_estᵀ F J.
+
+    For log π that is JᵀFJ. For the ratio, and with --first-order, it is not symmetric
+    and not what the two exact products compute.
+    """
+    config = tiny_config(hidden=(4,), alpha=1.0, activation="tanh", fd_step=1e-6,
+                         meta_batch_size=1, **changes)
+    policy, theta, (data,) = sampled_problem(config)
+    P = len(theta)
+
+    def jacobian(first_order, estimator):
+        return torch.eye(P).double() if first_order else torch.autograd.functional.jacobian(
+            lambda t: mt.adapt(policy, t, data.inner, 1.0, True, estimator), theta)
+
+    phi = mt.adapt(policy, theta, data.inner, 1.0, False).detach()
+    F = torch.autograd.functional.hessian(
+        lambda t: mt.mean_kl(policy.distribution(t, data.outer.obs), data), phi)
+    true, own = jacobian(False, "log-prob"), jacobian(config.first_order, config.inner_loss)
+    product = mt.kl_hessian_product(policy, theta, [data], config)
+    got = torch.stack([product(e) for e in torch.eye(P).double()], dim=1)
+    assert (got - own.T @ F @ true).norm() < 1e-4 * got.norm()
+    assert (got - own.T @ F @ own).norm() > 0.02 * got.norm()
+
+
+def test_meta_step_takes_the_first_trial_within_max_kl_by_the_given_ratio(monkeypatch):
+    """x = g and xᵀHx by decree: a full step of known length, mostly too long."""
+    config, trials = tiny_config(backtrack_ratio=0.9, max_kl=0.02), []
+    for seed, length in ((0, 0.1), (0, 0.3), (1, 0.2), (2, 0.4)):
+        policy, theta, data = sampled_problem(config, seed)
+        c = 2 * 0.02 / length**2
+        monkeypatch.setattr(mt, "conjugate_gradient",
+                            lambda hvp, b, *_, c=c: (b, (1 - c) * b))
+        new, stats = mt.trpo_meta_step(policy, theta, data, config)
+        g = torch.stack([mt.meta_gradient(policy, theta, d, config.alpha)
+                         for d in data]).mean(0)
+        full = -length * g / g.norm()
+        trials.append(stats["line_search_steps"])
+        torch.testing.assert_close(new - theta, 0.9**(trials[-1] - 1) * full)
+        for j in range(trials[-1]):
+            surrogate, kl = torch.tensor([mt.surrogate_and_kl(
+                policy, theta + 0.9**j * full, d, config.alpha) for d in data]).mean(0)
+            passes = surrogate < stats["surrogate_before"] and kl <= 0.02
+            assert passes == (j == trials[-1] - 1)
+    assert trials[0] == 1 and min(trials[1:]) > 1
+
+
+def test_meta_step_hands_tolerance_and_iterations_to_cg(monkeypatch):
+    """A tolerance above g·g: no product is made, the step is skipped."""
+    config, calls = tiny_config(cg_tolerance=1e9), []
+    policy, theta, data = sampled_problem(config)
+    product = mt.kl_hessian_product(policy, theta, data, config)
+    monkeypatch.setattr(mt, "kl_hessian_product",
+                        lambda *args: lambda v: calls.append(1) or product(v))
+    new, stats = mt.trpo_meta_step(policy, theta, data, config)
+    assert torch.equal(new, theta) and not calls
+    assert (stats["line_search_steps"], stats["cg_residual"]) == (0, 1.0)
+    for n in (1, 3):
+        calls.clear()
+        mt.trpo_meta_step(policy, theta, data, dataclasses.replace(
+            config, cg_tolerance=0.0, cg_iterations=n))
+        assert len(calls) == n
+
+
+def test_every_inner_step_has_its_own_policy_and_noise_and_the_runs_credit():
+    """Three inner steps; γ and λ that are not the defaults."""
+    config = tiny_config(inner_steps=3, alpha=0.8, gamma=0.7, lam=0.6)
+    policy, theta, _ = sampled_problem(config)
+    family, goal = mt.TASKS["point2d"], np.array([0.3, -0.2])
+    data, phi = mt.sample_task_data(policy, theta, family, goal, config, (5, 6)), theta
+    for phase, episodes in enumerate([*data.inner, data.outer]):
+        again = mt.task_rollout(family.envs(4), policy, phi, goal, 7, (5, 6, phase))
+        torch.testing.assert_close(episodes.act, again.act, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            episodes.adv, mt.assign_credit(again, 0.7, 0.6).adv, rtol=1e-6, atol=1e-6)
+        if phase < 3:
+            phi = phi - 0.8 * mt.gradient(
+                lambda t, d=episodes: mt.inner_loss(policy, t, d), phi)
+
+
+def test_advantages_equal_plain_loops_from_rewards_to_the_end():
+    """R by γ, V by ridge on R, δ by γ, Σ(γλ)ˡδ, then mean 0 and std 1; γ ≠ λ ≠ 1."""
+    gamma, lam, K, H = 0.8, 0.5, 11, 13
+    data = random_trajectories(np.random.default_rng(8), K=K, H=H, S=3)
+    phi, returns, where = [], [], []
+    for k in range(K):
+        for t in range(H):
+            if data.mask[k, t]:
+                x, s = data.obs[k, t].numpy(), t / 100
+                phi.append([*x, *(x * x), s, s * s, s**3, 1.0])
+                returns.append(sum(gamma**(u - t) * float(data.rew[k, u])
+                                   for u in range(t, H)))
+                where.append((k, t))
+    n = len(phi[0])
+    w = np.linalg.lstsq(np.vstack([phi, math.sqrt(1e-5) * np.eye(n)]),
+                        np.append(returns, np.zeros(n)), rcond=None)[0]
+    V = dict(zip(where, np.array(phi) @ w))
+    delta = {(k, t): float(data.rew[k, t]) + gamma * V.get((k, t + 1), 0.0) - V[k, t]
+             for k, t in where}
+    adv = np.array([sum((gamma * lam)**(u - t) * delta.get((k, u), 0.0)
+                        for u in range(t, H)) for k, t in where])
+    expected = torch.zeros(K, H, dtype=torch.float64)
+    for (k, t), value in zip(where, (adv - adv.mean()) / adv.std()):
+        expected[k, t] = value
+    torch.testing.assert_close(mt.assign_credit(data, gamma, lam).adv, expected,
+                               rtol=1e-6, atol=1e-6)
+
+
+def test_evaluation_equals_a_plain_loop_with_every_setting_of_the_run():
+    """α/2 from the second step on and no less later; eval_alpha, γ, λ, seed; and the
+    figures show the same episodes."""
+    config = tiny_config(seed=5, alpha=0.1, eval_alpha=0.9, gamma=0.7, lam=0.6,
+                         eval_steps=4, eval_tasks=3, eval_episodes=5)
+    family, policy = mt.family_of(config), mt.make_policy(mt.family_of(config), config)
+    theta = policy.init(torch.Generator().manual_seed(0))
+    table = mt.evaluate(config, theta)
+    assert table.shape == (3, 5)
+    for m, goal in enumerate(mt.paper_goals(3)):
+        phi = theta
+        for step in range(5):
+            data = mt.task_rollout(family.envs(5), policy, phi, goal, 7,
+                                   (5, mt.EVALUATION, m, step))
+            assert abs(table[m, step] - float(data.rew.sum(1).mean())) < 1e-5
+            mt.assign_credit(data, 0.7, 0.6)
+            phi = phi - (0.9 if step == 0 else 0.45) * mt.gradient(
+                lambda t, d=data: mt.inner_loss(policy, t, d), phi)
+        assert table[m].tolist() == [
+            data.mean_return() for _, data in mt.adaptation_of(config, theta, m, 4)]
+
+
+def test_no_stream_of_random_numbers_is_used_twice_and_all_have_the_runs_seed(monkeypatch):
+    """Tasks and episodes of a training with two inner steps, and the evaluation's."""
+    right, keys = mt.random_stream, []
+    monkeypatch.setattr(mt, "random_stream", lambda *key: keys.append(key) or right(*key))
+    config = tiny_config(seed=7, inner_steps=2)
+    theta, _ = mt.train_maml(config)
+    assert len(keys) == 2 * (1 + 3 * 3)              # tasks; 3 tasks × (D, D, D′)
+    mt.evaluate(config, theta)
+    assert len(keys) == 20 + 5 * 4 and len(set(keys)) == len(keys)
+    assert {key[0] for key in keys} == {7}
+
+
+def test_first_theta_is_a_function_of_the_seed():
+    a, b, c = (mt.TrainState.initial(mt.GaussianPolicy(2, 2), tiny_config(seed=seed)).theta
+               for seed in (1, 1, 2))
+    assert torch.equal(a, b) and (a != c).float().mean() > 0.9
+
+
+def test_only_maml_adapts_in_training_and_the_oracle_not_at_evaluation():
+    for method, inner, columns, S in (("maml", 1, 4, 2), ("pretrained", 0, 4, 2),
+                                      ("random", 0, 4, 2), ("oracle", 0, 1, 4)):
+        config = tiny_config(method=method, iterations=0)
+        family = mt.family_of(config)
+        policy = mt.make_policy(family, config)
+        theta = policy.init(torch.Generator().manual_seed(0))
+        data = mt.sample_task_data(policy, theta, family, mt.paper_goals(1)[0], config, (0,))
+        assert (len(data.inner), data.outer.obs.shape[-1]) == (inner, S), method
+        torch.testing.assert_close(data.outer.act, mt.sample_task_data(
+            policy, theta, family, mt.paper_goals(1)[0], config, (0,)).outer.act)
+        assert mt.evaluate(config, theta).shape == (5, columns), method
+
+
+def test_oracle_and_plain_family_have_copies_of_their_own():
+    family = dataclasses.replace(mt.TASKS["point2d"], _cache=mt.threading.local())
+    assert family.envs(3).single_observation_space.shape == (2,)
+    assert mt.with_task_observed(family).envs(3).single_observation_space.shape == (4,)
+    assert family.envs(3).single_observation_space.shape == (2,)
+
+
+def test_episode_ends_at_the_environments_own_time_limit():
+    class Limited(gym.Env):
+        observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+        def reset(self, *, seed=None, options=None):
+            self.t = 0
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action):
+            self.t += 1
+            return np.full(2, self.t, np.float32), 1.0, False, self.t == 3, {}
+    policy = mt.GaussianPolicy(2, 2, hidden=(4,))
+    theta = policy.init(torch.Generator().manual_seed(0))
+    data = mt.task_rollout(SyncVectorEnv([Limited] * 2), policy, theta, None, 8, (0,))
+    assert data.mask.tolist() == [[1] * 3 + [0] * 5] * 2
+    assert data.mean_return() == 3.0
+
+
+def test_point2d_reset_forgets_which_points_had_ended():
+    envs = mt.Point2D(2)
+    for _ in range(2):                  # the second time, both ended just before
+        envs.reset(options={"task": np.array([0.05, 0.0])})
+        obs, reward, ended, _, _ = envs.step(np.array([[0.5, 0.0], [1.0, 0.0]]))
+        np.testing.assert_allclose(obs, [[0.05, 0], [0.1, 0]], atol=1e-7)
+        np.testing.assert_allclose(reward, [0, -0.05], atol=1e-7)
+        assert ended.tolist() == [True, False]
+
+
+def test_walker_that_ended_rests_while_another_is_reset():
+    envs = mj_envs("ant-dir", 3)
+    envs.reset(seed=[1, 2, 3], options={"task": [1.0]})
+    action, advance = np.full((3, 8), 0.3), envs.advance
+    envs.advance = lambda d: d.qpos.put(2, 0.6 if d is envs.copies[2] else 0.1)
+    assert envs.step(action)[2].tolist() == [True, True, False]    # two lie on the ground
+    envs.advance = advance
+    envs.reset(options={"reset_mask": np.array([True, False, False])})
+    before = envs.copies[1].qpos.copy()
+    _, reward, ended, _, _ = envs.step(action)
+    assert np.array_equal(envs.copies[1].qpos, before)
+    assert reward[1] == 0 and ended.tolist() == [False, True, False]
+
+
+def test_sampler_and_log_have_the_same_least_std_as_the_distribution():
+    policy = mt.GaussianPolicy(4, 2, hidden=(7, 6))
+    theta = policy.init(torch.Generator().manual_seed(0), torch.float64)
+    theta[-2:] = -100.0
+    act = policy.sampler(theta, np.random.default_rng(0))(np.zeros((4000, 4)))
+    np.testing.assert_allclose(act.std(0), 1e-6, rtol=0.1)
+    np.testing.assert_allclose(policy.std(theta), 1e-6, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_recorded_actions_are_those_the_environment_got_to_the_last_bit(dtype):
+    envs, given = mt.Point2D(3), []
+    step = envs.step
+    envs.step = lambda actions: given.append(actions.copy()) or step(actions)
+    policy = mt.GaussianPolicy(2, 2, hidden=(4,))
+    theta = policy.init(torch.Generator().manual_seed(0), dtype)
+    data = mt.task_rollout(envs, policy, theta, np.array([0.4, 0.4]), 5, (0,))
+    np.testing.assert_array_equal(np.stack(given, 1), data.act.numpy())
+
+
+@pytest.mark.parametrize("std", [[1.0, 1e-6], [1e7, 1.0]])
+def test_one_std_out_of_bounds_is_enough_to_stop(std):
+    with pytest.raises(mt.Diverged, match="std"):
+        mt.check_std(torch.tensor(std))
+
+
+def constant_runs(monkeypatch, pre, post, move=1.0):
+    """Training in which task m of iteration i returns pre[i][m], post[i][m]; no sampling,
+    and a meta-step that adds `move` to θ."""
+    def sample(policy, theta, family, task, config, seed):
+        _, i, m = seed
+        later = SimpleNamespace(mean_return=lambda: 1e6)
+        return SimpleNamespace(
+            inner=[SimpleNamespace(mean_return=lambda: pre[i][m]), later],
+            outer=SimpleNamespace(mean_return=lambda: post[i][m]))
+    stats = {name: 0.0 for name in mt.PROGRESS_COLUMNS}
+    monkeypatch.setattr(mt, "sample_task_data", sample)
+    monkeypatch.setattr(mt, "trpo_meta_step", lambda policy, theta, *_: (theta + move, {
+        name: 0.0 for name in stats if name.startswith(("surr", "kl", "line", "cg"))
+        or name in ("seconds_gradient", "seconds_cg", "seconds_line_search")}))
+    states, config = [], tiny_config(iterations=len(pre), meta_batch_size=len(pre[0]),
+                                     inner_steps=2)
+    mt.train_maml(config, after_iteration=states.append)
+    return states
+
+
+def test_best_theta_is_the_one_that_was_sampled_when_the_return_after_was_highest(
+        monkeypatch):
+    """Second of three by the return after adaptation, third by the one before."""
+    pre = [[-9, -8, -4], [-7, -6, -5], [-3, -2, -1]]
+    post = [[-6, -5, -4], [5, 1, 3], [2, 1, 0]]
+    states = constant_runs(monkeypatch, pre, post)
+    first = states[0].theta - 1.0
+    torch.testing.assert_close(states[-1].best_theta, first + 1.0)
+    torch.testing.assert_close(states[-1].theta, first + 3.0)
+    assert [state.best_return for state in states] == [-5, 3, 3]
+    for i, row in enumerate(states[-1].rows):
+        assert (row["return_pre"], row["return_post"]) == (np.mean(pre[i]), np.mean(post[i]))
+        assert states[-1].spread[i] == [*np.percentile(pre[i], [25, 75]),
+                                        *np.percentile(post[i], [25, 75])]
+        assert row["std_mean"] == pytest.approx(math.exp(i + 1), rel=1e-5)    # the new θ's
+
+
+def test_std_that_collapses_in_a_step_stops_in_that_iteration(monkeypatch):
+    with pytest.raises(mt.Diverged, match="^iteration 0: .*std"):
+        constant_runs(monkeypatch, [[0.0]], [[0.0]], move=-50.0)
+
+
+def test_training_returns_the_last_theta_and_not_the_best(monkeypatch):
+    monkeypatch.setattr(mt, "trpo_meta_step", lambda policy, theta, *_: (
+        theta + 0.1, {name: 0.0 for name in mt.PROGRESS_COLUMNS}))
+    config, states = tiny_config(iterations=3), []
+    theta, _ = mt.train_maml(config, after_iteration=states.append)
+    first = mt.TrainState.initial(
+        mt.make_policy(mt.family_of(config), config), config).theta
+    torch.testing.assert_close(theta, first + 0.3)
+    assert not torch.equal(theta, states[-1].best_theta)
+
+
+def test_policy_of_a_run_has_its_activation_and_std():
+    config = tiny_config(activation="tanh", init_std=0.3)
+    policy = mt.make_policy(mt.family_of(config), config)
+    theta = policy.init(torch.Generator().manual_seed(0))
+    obs = torch.tensor([[0.4, -0.7]])
+    *layers, log_std = policy.unpack(theta)
+    (W1, W2, W3), (b1, b2, b3) = layers[::2], layers[1::2]
+    expected = W3 @ torch.tanh(W2 @ torch.tanh(W1 @ obs[0] + b1) + b2) + b3
+    torch.testing.assert_close(policy.distribution(theta, obs).mean[0], expected)
+    torch.testing.assert_close(log_std.exp(), torch.tensor([0.3, 0.3]))
+
+
+def test_oracle_goes_on_seeing_its_task_after_a_reset_that_names_none():
+    envs = mt.with_task_observed(mt.TASKS["point2d"]).make_envs(2)
+    envs.reset(seed=0, options={"task": [0.3, -0.2]})
+    np.testing.assert_allclose(envs.reset(seed=1)[0], [[0, 0, 0.3, -0.2]] * 2, rtol=1e-6)
+    assert envs.step(np.zeros((2, 2)))[1] == pytest.approx([-math.hypot(0.3, 0.2)] * 2)
+
+
 # %% Mutants: one-line wrong changes, each of which the suite must catch
 
 # (name, old text, new text); the old text stands exactly once in maml_trpo.py.
@@ -3073,16 +3443,15 @@ MUTANTS = [
      "np.random.default_rng([len(key), *(int(k) for k in key)])",
      "np.random.default_rng([len(key), int(key[0])])"),
     ("the step that ends an episode is masked out",
-     "all_rew[:, t], mask[:, t] = reward, running",
-     "all_rew[:, t], mask[:, t] = reward, running & ~terminated"),
+     "all_rew[t], mask[t] = obs, action, reward, running",
+     "all_rew[t], mask[t] = obs, action, reward, running & ~terminated"),
     ("episodes never end", "running = running & ~(terminated | truncated)",
      "running = running & ~truncated"),
     ("the observation after the action is stored",
-     "all_obs[:, :, t], all_act[:, :, t] = obs.T, action.T",
-     "all_obs[:, :, t], all_act[:, :, t] = next_obs.T, action.T"),
+     "all_rew[t], mask[t] = obs, action,", "all_rew[t], mask[t] = next_obs, action,"),
     ("the clipped action is stored",
-     "all_obs[:, :, t], all_act[:, :, t] = obs.T, action.T",
-     "all_obs[:, :, t], all_act[:, :, t] = obs.T, np.clip(action.T, -1, 1)"),
+     "all_rew[t], mask[t] = obs, action,",
+     "all_rew[t], mask[t] = obs, np.clip(action, -1, 1),"),
     # credit
     ("masked mean divides by all steps", "return (x * mask).sum() / mask.sum()",
      "return (x * mask).mean()"),
@@ -3191,7 +3560,7 @@ MUTANTS = [
      "            seed=(*seed, step))\n        yield", "            seed=(*seed, 0))\n        yield"),
     # faults
     ("numbers of a rollout are not checked",
-     "    check_rollout(task, all_obs, all_act, all_rew[None])\n", ""),
+     "    check_rollout(task, all_obs, all_act, all_rew[..., None])\n", ""),
     ("advantages are not checked", "    check_finite(f\"task {task}: the advantage\", data.adv)\n",
      ""),
     ("a collapsed std goes on", "    check_std(policy.std(new_theta))\n", ""),
@@ -3199,6 +3568,186 @@ MUTANTS = [
     ("half-written files pile up", "            path.unlink()\n", "            pass\n"),
     ("files are written in place", "        write(beside)\n",
      "        write(path)\n        write(beside)\n"),
+    # found by an adversary: these once slipped past, see "What a careless port gets wrong"
+    # settings that the command line promises and the meta-step must pass on
+    ("the Hessian product ignores --first-order and the estimator",
+     "policy, t, data.inner, data.outer.obs, *settings), data)",
+     "policy, t, data.inner, data.outer.obs, config.alpha), data)"),
+    ("the Gauss-Newton product is not told --first-order and the estimator",
+     "gauss_newton_product(policy, theta, data, v, *settings)),",
+     "gauss_newton_product(policy, theta, data, v, config.alpha)),"),
+    ("the meta-gradient is not told --first-order and the estimator",
+     "meta_gradient(policy, theta, data, *settings),",
+     "meta_gradient(policy, theta, data, config.alpha),"),
+    ("Gauss-Newton: J is always log π's",
+     "loss = inner_loss(policy, theta_i, trajectories, estimator)",
+     "loss = inner_loss(policy, theta_i, trajectories)"),
+    ("adapt: J is always log π's",
+     "loss = inner_loss(policy, theta_prime, trajectories, estimator)",
+     "loss = inner_loss(policy, theta_prime, trajectories)"),
+    ("the adapted policy forgets the estimator",
+     "theta_prime = adapt(policy, theta, inner, alpha, second_order, estimator)",
+     "theta_prime = adapt(policy, theta, inner, alpha, second_order)"),
+    ("the meta-gradient forgets the estimator",
+     "policy, t, task_data, alpha, first_order, estimator)[0], theta)",
+     "policy, t, task_data, alpha, first_order)[0], theta)"),
+    ("training ignores λ", "horizon=config.horizon, gamma=config.gamma, lam=config.lam)\n\n",
+     "horizon=config.horizon, gamma=config.gamma)\n\n"),
+    ("training ignores γ", "horizon=config.horizon, gamma=config.gamma, lam=config.lam)\n\n",
+     "horizon=config.horizon, lam=config.lam)\n\n"),
+    ("evaluation's steps ignore λ", "horizon=horizon, gamma=gamma, lam=lam,\n            seed=(*seed, step))",
+     "horizon=horizon, gamma=gamma,\n            seed=(*seed, step))"),
+    ("evaluation's steps ignore γ", "horizon=horizon, gamma=gamma, lam=lam,\n            seed=(*seed, step))",
+     "horizon=horizon, lam=lam,\n            seed=(*seed, step))"),
+    ("the line search's KL bound is 1.5 δ",
+     "full_step, before, config.max_kl, config.backtrack_ratio,\n            config",
+     "full_step, before, 1.5 * config.max_kl,\n            config.backtrack_ratio, config"),
+    ("the line search ignores --backtrack-ratio",
+     "evaluate, theta, full_step, before, config.max_kl, config.backtrack_ratio,",
+     "evaluate, theta, full_step, before, config.max_kl, 0.8,"),
+    ("the meta-step ignores --cg-tolerance",
+     "config.cg_iterations, config.cg_tolerance)\n    xHx", "config.cg_iterations)\n    xHx"),
+    ("the step's scale leaves damping out of xᵀHx",
+     "xHx = float(x @ (g - residual))          # Hx = g − r: no further product needed",
+     "xHx = float(x @ (g - residual - config.damping * x))"),
+    # several inner steps
+    ("each D of several inner steps is sampled with θ",
+     "inner.append(sample(theta_prime, step))", "inner.append(sample(theta, step))"),
+    ("the D of several inner steps share their random numbers",
+     "inner.append(sample(theta_prime, step))", "inner.append(sample(theta_prime, 0))"),
+    ("return_pre is of the last inner step", "[[(d.inner or [d.outer])[0].mean_return(),",
+     "[[(d.inner or [d.outer])[-1].mean_return(),"),
+    # evaluation
+    ("α is halved again at every later step of evaluation",
+     "alpha if step == 0 else alpha / 2, False,", "alpha / 2**step, False,"),
+    ("α is halved from the third step on only",
+     "alpha if step == 0 else alpha / 2, False,", "alpha if step < 2 else alpha / 2, False,"),
+    ("evaluation shares its random numbers with the first iteration",
+     "EVALUATION = 2**31 ", "EVALUATION = 0 "),
+    ("the run's evaluation uses the training's α",
+     "config.eval_alpha, horizon=config.horizon, gamma=config.gamma,\n            lam",
+     "config.alpha, horizon=config.horizon, gamma=config.gamma,\n            lam"),
+    ("the run's evaluation ignores the seed",
+     "lam=config.lam, estimator=config.inner_loss, seed=config.seed,\n",
+     "lam=config.lam, estimator=config.inner_loss,\n"),
+    ("the run's evaluation ignores γ",
+     "config.eval_alpha, horizon=config.horizon, gamma=config.gamma,\n            lam",
+     "config.eval_alpha, horizon=config.horizon,\n            lam"),
+    ("the oracle is adapted at evaluation",
+     "steps = 0 if config.method == \"oracle\" else config.eval_steps",
+     "steps = config.eval_steps"),
+    ("the figures adapt to the first held-out task", "family.test_tasks(m + 1)[m], steps,",
+     "family.test_tasks(m + 1)[0], steps,"),
+    # baselines
+    ("the oracle adapts in training",
+     "return self.inner_steps if self.method == \"maml\" else 0",
+     "return self.inner_steps if self.method != \"pretrained\" else 0"),
+    ("the pretrained baseline sees the task",
+     "return with_task_observed(family) if config.method == \"oracle\" else family",
+     "return with_task_observed(family) if config.method != \"maml\" else family"),
+    ("the oracle's family shares its copies with the plain one",
+     "make_envs=lambda K: TaskObserved(family.make_envs(K), task_size),\n        _cache=threading.local())",
+     "make_envs=lambda K: TaskObserved(family.make_envs(K), task_size))"),
+    # credit
+    ("the baseline is fitted on returns discounted by γλ",
+     "    returns = discounted_returns(data.rew, gamma)\n    values",
+     "    returns = discounted_returns(data.rew, gamma * lam)\n    values"),
+    ("the baseline is fitted on undiscounted returns",
+     "    returns = discounted_returns(data.rew, gamma)\n    values",
+     "    returns = discounted_returns(data.rew, 1.0)\n    values"),
+    ("the baseline is fitted on rewards", "    returns = discounted_returns(data.rew, gamma)\n    values",
+     "    returns = data.rew\n    values"),
+    ("γ and λ change places on the way to GAE",
+     "gae(data.rew, values, data.mask, gamma, lam), data.mask)",
+     "gae(data.rew, values, data.mask, lam, gamma), data.mask)"),
+    ("advantages standardised over every step, padding too",
+     "data.mask, gamma, lam), data.mask)", "data.mask, gamma, lam),\n                           torch.ones_like(data.mask))"),
+    ("mean return divides by the steps, not the episodes",
+     "return (self.rew * self.mask).sum(1).mean().item()",
+     "return masked_mean(self.rew, self.mask).item()"),
+    # seeds
+    ("a run's tasks do not depend on its seed", "random_stream(config.seed, i), ", "random_stream(i), "),
+    ("a run's episodes do not depend on its seed", "(config.seed, i, m)),", "(i, m)),"),
+    ("every iteration repeats the episodes' random numbers", "(config.seed, i, m)),", "(config.seed, m)),"),
+    ("θ's initial value does not depend on the seed",
+     "theta = policy.init(torch.Generator().manual_seed(config.seed))",
+     "theta = policy.init(torch.Generator().manual_seed(0))"),
+    ("all copies of a rollout start from one seed",
+     "seed=rng.integers(2**31, size=K).tolist(),", "seed=[int(rng.integers(2**31))] * K,"),
+    # ends
+    ("a time limit of the environment's own is passed over",
+     "running = running & ~(terminated | truncated)", "running = running & ~terminated"),
+    ("point2d remembers over a reset which points had ended",
+     "        self._ended = np.zeros(self.num_envs, bool)\n        return self._position",
+     "        return self._position"),
+    ("walkers: a reset of some wakes all", "self._ended = self._ended & ~mask",
+     "self._ended = np.zeros(self.num_envs, bool)"),
+    ("walkers: the solver's warm start survives a reset",
+     "        self._mujoco.mj_resetData(self.model, d)\n",
+     "        d.qpos[:], d.qvel[:] = self.model.qpos0, 0\n"),
+    ("walkers: the cost is of the actions before clipping",
+     "actions = np.minimum(np.maximum(np.asarray(actions, float), -1.0), 1.0)",
+     "actions = np.asarray(actions, float)"),
+    # std
+    ("the sampler's std has no floor", "std = np.exp(np.maximum(log_std, math.log(policy.MIN_STD)))",
+     "std = np.exp(log_std)"),
+    ("the logged std has no floor", ".exp().clamp(min=self.MIN_STD)", ".exp()"),
+    ("check_std passes if one of the stds is sound", "math.log(GaussianPolicy.MIN_STD)).all():",
+     "math.log(GaussianPolicy.MIN_STD)).any():"),
+    ("check_std looks at the old θ", "check_std(policy.std(new_theta))", "check_std(policy.std(theta))"),
+    ("the logged std is of the old θ", "std_mean=float(policy.std(new_theta).mean())",
+     "std_mean=float(policy.std(theta).mean())"),
+    # float32
+    ("the baseline is fitted in float32", "x = obs.double().clamp(-self.CLIP, self.CLIP)",
+     "x = obs.clamp(-self.CLIP, self.CLIP)"),
+    ("advantages in float64 whatever θ is", "return (self.features(obs) @ self.weights).to(obs.dtype)",
+     "return self.features(obs) @ self.weights"),
+    ("the sampler's noise is float64 whatever θ is",
+     "rng.standard_normal(mean.shape, std.dtype)", "rng.standard_normal(mean.shape)"),
+    # bookkeeping
+    ("the best θ is the one after the step", "self.theta if better else self.best_theta,",
+     "theta if better else self.best_theta,"),
+    ("the best θ is chosen by the return before adaptation",
+     "better = post > self.best_return", "better = pre > self.best_return"),
+    ("the quartiles are grouped by percentile, not by return",
+     "[25, 75], 0).T.flatten().tolist()],", "[25, 75], 0).flatten().tolist()],"),
+    ("CG's logged residual is squared", "cg_residual=float(residual.norm() / g.norm()",
+     "cg_residual=float(residual @ residual / g.norm()"),
+    ("under torchrun the tasks are returned in the order of the ranks",
+     "return np.array([row for _, row in sorted(sum(everyone, []))])",
+     "return np.array([row for _, row in sum(everyone, [])])"),
+    # added in a second round
+    ("the run's evaluation samples as many episodes as training does",
+     "steps, config.eval_episodes,\n            config.eval_alpha,",
+     "steps, config.rollouts,\n            config.eval_alpha,"),
+    ("the run's evaluation draws its tasks in place of the held-out ones",
+     "family.test_tasks(config.eval_tasks), steps,",
+     "family.sample_tasks(random_stream(0), config.eval_tasks),\n            steps,"),
+    ("the run's evaluation ignores --horizon",
+     "config.eval_alpha, horizon=config.horizon, gamma=config.gamma,\n            lam",
+     "config.eval_alpha, horizon=None, gamma=config.gamma,\n            lam"),
+    ("training ignores --horizon",
+     "horizon=config.horizon, gamma=config.gamma, lam=config.lam)\n\n",
+     "gamma=config.gamma, lam=config.lam)\n\n"),
+    ("the policy ignores --activation",
+     "config.hidden, config.activation,\n                          config.init_std)",
+     "config.hidden,\n                          init_std=config.init_std)"),
+    ("the policy ignores --init-std",
+     "config.hidden, config.activation,\n                          config.init_std)",
+     "config.hidden, config.activation)"),
+    ("train_maml returns the best θ, not the last", "return state.theta, state.rows",
+     "return state.best_theta, state.rows"),
+    ("the oracle forgets the task at a reset that names none",
+     "get(\"task\", self.task), float)", "get(\"task\", 0 * self.task), float)"),
+    ("the second inner step learns from the first D",
+     "adapt(policy, theta_prime, inner[-1:], config.alpha,",
+     "adapt(policy, theta_prime, inner[:1], config.alpha,"),
+    ("the Hessian is of the first task alone",
+     "return mean_over_tasks(function, task_data, config.workers)",
+     "return mean_over_tasks(function, task_data[:1], config.workers)"),
+    ("training adapts with the α of evaluation",
+     "adapt(policy, theta_prime, inner[-1:], config.alpha,  # l.6, l.7",
+     "adapt(policy, theta_prime, inner[-1:], config.eval_alpha,  # l.6"),
 ]
 
 # Changed, yet the same program: named here with the reason.
@@ -5255,7 +5804,8 @@ def test_old_locale_no_display_and_names_with_spaces(tmp_path):
     assert out.returncode == 0, out.stderr
     (folder,) = tmp_path.iterdir()
     assert os.fsencode(folder).endswith("Übung 1 θ".encode())
-    assert sorted(p.name for p in folder.iterdir()) == sorted(mt.RUN_FILES)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        {*mt.RUN_FILES} - {"evaluated.json"})
 
 
 # Numbers that go wrong.
@@ -5317,13 +5867,13 @@ def test_bad_reward_is_named_with_iteration_task_and_step(reward, error, words):
 
 
 def test_bad_observation_is_the_environments_and_bad_action_the_policys():
-    obs, act, rew = np.zeros((2, 3, 5)), np.zeros((4, 3, 5)), np.zeros((1, 3, 5))
+    obs, act, rew = np.zeros((5, 3, 2)), np.zeros((5, 3, 4)), np.zeros((5, 3, 1))
     mt.check_rollout(7, obs, act, rew)
     for array, index, error, words in (
-            (rew, (0, 2, 3), mt.BadInput, "reward at step 3"),
-            (act, (1, 2, 3), mt.Diverged, "action at step 3"),
-            (obs, (1, 2, 3), mt.BadInput, "observation at step 3"),
-            (act, (0, 0, 1), mt.Diverged, "action at step 1")):    # what came first counts
+            (rew, (3, 2, 0), mt.BadInput, "reward at step 3"),
+            (act, (3, 2, 1), mt.Diverged, "action at step 3"),
+            (obs, (3, 2, 1), mt.BadInput, "observation at step 3"),
+            (act, (1, 0, 0), mt.Diverged, "action at step 1")):    # what came first counts
         array[index] = math.nan
         with pytest.raises(error, match=f"task 7: the {words} is not finite"):
             mt.check_rollout(7, obs, act, rew)
