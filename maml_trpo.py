@@ -1810,7 +1810,7 @@ def draw_learning_curve(path: Path, config: Config, state: TrainState) -> None:
 def draw_adaptation(path: Path, config: Config,
                     tables: Sequence[tuple[str, np.ndarray]]) -> None:
     """Return against the number of gradient steps, with the paper's rows dashed."""
-    figure, (ax,) = new_figure()
+    figure, (ax,) = new_figure(width=8.4)
     for label, table in tables:
         steps = np.arange(table.shape[1])
         color = PALETTE.get(method_of(label), None)
@@ -1828,13 +1828,13 @@ def draw_adaptation(path: Path, config: Config,
             else:
                 ax.plot(range(len(row)), row, marker="s", markersize=4,
                         label=f"{method}, paper", **style)
-    note = "" if config.task == "point2d" else "; paper: another simulator"
+    note = "" if config.task == "point2d" else "\n(paper: another simulator)"
     ax.set(xlabel="gradient steps on the held-out task", ylabel="return (undiscounted)",
            title=f"{config.task}: mean ± standard error over "
                  f"{len(tables[0][1])} held-out tasks{note}")
     ax.title.set_fontsize(10)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
 
 
