@@ -857,8 +857,9 @@ def train_maml(config: Config, family: TaskFamily | None = None,
     Q: What else is wrong with the pseudocode's loop?
     A: Loudly: no `torch.kl_divergence` [notes l.48]; a list has no `mean` [notes l.60];
        its lists are never emptied: iteration 2 goes backward through a freed graph.
-       Silently: one fixed list of tasks [notes l.28]; one optimizer, which holds a
-       replaced model's parameters; see `surrogate_and_kl`, `backtrack_line_search`.
+       Silently: one fixed list of tasks [notes l.28]; no `zero_grad`, so a copy's inner
+       and outer gradient add up; one optimizer, which holds a replaced model's
+       parameters; see `surrogate_and_kl` and `backtrack_line_search` for the rest.
     """
     family = family or family_of(config)
     policy = make_policy(family, config)
