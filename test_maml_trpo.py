@@ -3785,7 +3785,7 @@ def mutants(*names: str) -> None:
                 shutil.copy(HERE / file, folder)
             (Path(folder) / "maml_trpo.py").write_text(source.replace(old, new),
                                                        encoding="utf-8")
-            careless = run_suite(Path(folder), "-k", tests_of_section("What a careless"))
+            careless = run_suite(Path(folder), "-k", names_of_tests("What a careless"))
             return name, careless or run_suite(Path(folder), "-k", QUICK) or run_suite(
                 Path(folder))
 
@@ -3801,7 +3801,7 @@ def mutants(*names: str) -> None:
     sys.exit(1 if survivors else 0)
 
 
-def tests_of_section(title: str) -> str:
+def names_of_tests(title: str) -> str:
     """The tests of one section of this file, as pytest's -k wants them."""
     section = Path(__file__).read_text(encoding="utf-8").split(f"\n# %% {title}")[1]
     return " or ".join(re.findall(r"^def (test_\w+)", section.split("\n# %% ")[0], re.M))
