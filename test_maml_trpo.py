@@ -3568,7 +3568,7 @@ MUTANTS = [
     ("half-written files pile up", "            path.unlink()\n", "            pass\n"),
     ("files are written in place", "        write(beside)\n",
      "        write(path)\n        write(beside)\n"),
-    # found by an adversary: these once slipped past, see "What a careless port gets wrong"
+    # most of these once slipped past the suite: see "What a careless port gets wrong"
     # settings that the command line promises and the meta-step must pass on
     ("the Hessian product ignores --first-order and the estimator",
      "policy, t, data.inner, data.outer.obs, *settings), data)",
