@@ -206,9 +206,9 @@ class Point2D(VectorEnv):
     which `sample_goals` draws from [−0.5, 0.5]².
 
     Paper:         the negative *squared* distance; it ends within 0.01 of the goal.
-    Authors' code: −distance; it ends in the box |dx|, |dy| < 0.01 [maml_rl
-                   point_env_randgoal.py]. The paper's −40.41 before adaptation is of
-                   this scale: standing still scores −40.08 on its 40 goals.
+    Authors' code: −distance; it ends in the box |dx|, |dy| < 0.01
+                   [maml_rl point_env_randgoal.py]. The paper's −40.41 before adaptation
+                   is of this scale: standing still scores −40.08 on its 40 goals.
     Here:          as the authors' code. `task_rollout` counts the H steps.
     """
     MAX_STEP, GOAL_BOX = 0.1, 0.01
@@ -1155,6 +1155,7 @@ class Stopwatch:
         self.started = time.perf_counter()
 
     def lap(self) -> float:
+        """Seconds since the last call."""
         now = time.perf_counter()
         seconds, self.started = now - self.started, now
         return seconds
@@ -1211,6 +1212,7 @@ class TrainState:
 
     @staticmethod
     def initial(policy, config: Config) -> TrainState:
+        """Before the first iteration: θ drawn from the run's seed."""
         theta = policy.init(torch.Generator().manual_seed(config.seed))
         return TrainState(0, theta, [], [], theta, -math.inf)
 
@@ -1313,6 +1315,7 @@ class Locomotion(VectorEnv):
         return np.concatenate(views).reshape(len(self.copies), -1)
 
     def observe(self, state: np.ndarray) -> np.ndarray:
+        """What Gymnasium's environment shows of qpos and qvel (K, nq + nv): (K, S)."""
         return state[:, self.HIDDEN:]
 
     def reset(self, *, seed=None, options=None):
@@ -1345,6 +1348,7 @@ class Locomotion(VectorEnv):
         self._mujoco.mj_forward(self.model, d)
 
     def step(self, actions):
+        """One step of each running copy: actions (K, A) → Gymnasium's five results."""
         actions = np.minimum(np.maximum(np.asarray(actions, float), -1.0), 1.0)
         x, ended = self.read(self._x), self._ended
         for d, ctrl, action, rests in zip(self.copies, self._ctrl, actions, ended):
@@ -1361,9 +1365,11 @@ class Locomotion(VectorEnv):
         return obs, reward, self._ended.copy(), np.zeros(self.num_envs, bool), {}
 
     def advance(self, d) -> None:
+        """The physics of one copy's step."""
         self._mujoco.mj_step(self.model, d, self.FRAME_SKIP)
 
     def healthy(self, state: np.ndarray) -> np.ndarray | bool:
+        """Which copies go on: (K,)."""
         return True
 
 
