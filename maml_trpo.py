@@ -388,13 +388,15 @@ def task_rollout(envs: VectorEnv, policy, theta: Tensor, task, horizon: int,
         action = act_on(obs)                                   # a_t ~ π_θ(·|x_t) (K, A)
         next_obs, reward, terminated, truncated, _ = envs.step(action)
         all_obs[t], all_act[t], all_rew[t], mask[t] = obs, action, reward, running
-        if terminated.any() or truncated.any():
-            running = running & ~(terminated | truncated)
+        ended = terminated | truncated
+        if ended.any():
+            running = running & ~ended
             if not running.any():
                 break
         obs = next_obs
-    for x in (all_obs, all_act, all_rew):
-        x[~mask] = 0                           # what came after an episode's end
+    if not mask.all():
+        for x in (all_obs, all_act, all_rew):
+            x[~mask] = 0                       # what came after an episode's end
     check_rollout(task, all_obs, all_act, all_rew[..., None])
     # In memory samples stand last, the columns of `GaussianPolicy.mean`: faster.
     return Trajectories(*(torch.from_numpy(np.ascontiguousarray(x.T)).movedim(0, -1)
@@ -1037,15 +1039,17 @@ def numpy_sampler(policy: GaussianPolicy, theta: Tensor, rng: np.random.Generato
     """
     *layers, log_std = [x.detach().numpy() for x in policy.unpack(theta)]
     std = np.exp(np.maximum(log_std, math.log(policy.MIN_STD)))
-    activate = {F.relu: lambda x: np.maximum(x, 0, out=x), torch.tanh: np.tanh}[
+    zero = np.zeros(1, std.dtype)     # converting a plain 0 takes longer than the ReLU
+    activate = {F.relu: lambda x: np.maximum(x, zero, out=x), torch.tanh: np.tanh}[
         policy.activation]
     weights, biases = [np.ascontiguousarray(w.T) for w in layers[::2]], layers[1::2]
+    hidden = list(zip(weights[:-1], biases[:-1]))
 
     def act(obs: np.ndarray) -> np.ndarray:
         x = obs.astype(std.dtype, copy=False)
-        for weight, bias in zip(weights[:-1], biases[:-1]):
-            x = activate(x @ weight + bias)
-        mean = x @ weights[-1] + biases[-1]                                    # (K, A)
+        for weight, bias in hidden:
+            x = activate(x.dot(weight) + bias)
+        mean = x.dot(weights[-1]) + biases[-1]                                 # (K, A)
         return mean + std * rng.standard_normal(mean.shape, std.dtype)
     return act
 
@@ -1185,8 +1189,8 @@ def check_rollout(task, *recorded: np.ndarray) -> None:
 
     A bad action is the policy's fault, the others are the environment's.
     """
-    finite = np.stack([np.isfinite(x).all(-1) for x in recorded], axis=-1)     # (H,K,3)
-    if not finite.all():
+    if not all(np.isfinite(x).all() for x in recorded):
+        finite = np.stack([np.isfinite(x).all(-1) for x in recorded], -1)      # (H,K,3)
         step, _, which = np.argwhere(~finite)[0]
         name = ("observation", "action", "reward")[which]
         error, advice = ((Diverged, SMALLER) if name == "action" else

@@ -3445,7 +3445,7 @@ MUTANTS = [
     ("the step that ends an episode is masked out",
      "all_rew[t], mask[t] = obs, action, reward, running",
      "all_rew[t], mask[t] = obs, action, reward, running & ~terminated"),
-    ("episodes never end", "running = running & ~(terminated | truncated)",
+    ("episodes never end", "running = running & ~ended",
      "running = running & ~truncated"),
     ("the observation after the action is stored",
      "all_rew[t], mask[t] = obs, action,", "all_rew[t], mask[t] = next_obs, action,"),
@@ -3676,7 +3676,7 @@ MUTANTS = [
      "seed=rng.integers(2**31, size=K).tolist(),", "seed=[int(rng.integers(2**31))] * K,"),
     # ends
     ("a time limit of the environment's own is passed over",
-     "running = running & ~(terminated | truncated)", "running = running & ~terminated"),
+     "running = running & ~ended", "running = running & ~terminated"),
     ("point2d remembers over a reset which points had ended",
      "        self._ended = np.zeros(self.num_envs, bool)\n        return self._position",
      "        return self._position"),
