@@ -951,7 +951,8 @@ def test_command_line_trains_evaluates_draws_and_says_where(tmp_path):
     assert json.loads((folder / "config.json").read_text())["rollouts"] == 4
 
 
-def test_command_line_resumes_extends_compares_and_evaluates(tmp_path, capsys):
+def test_command_line_resumes_extends_compares_and_evaluates(
+        tmp_path, no_figures, capsys):
     a, b = tmp_path / "a", tmp_path / "b"
     assert mt.main(["--iterations", "3", *TINY, "--out", str(a)]) == 0
     assert mt.main(["--iterations", "2", *TINY, "--out", str(b)]) == 0
@@ -1174,7 +1175,7 @@ sys.exit(mt.main(sys.argv[4:]))
     (0, 5), pytest.param(0, 0, marks=slow), pytest.param(1, 0, marks=slow),
     pytest.param(1, 5, marks=slow)])
 def test_killed_rank_ends_the_run_with_a_sentence_and_it_can_go_on(
-        tmp_path, dies, seconds):
+        tmp_path, no_figures, dies, seconds):
     """Under torchrun, SIGKILL: the other one is in gloo's call, or busy for 5 seconds."""
     script, out = tmp_path / "ranks.py", tmp_path / "out"
     script.write_text(DYING_SCRIPT)
