@@ -46,8 +46,10 @@ Symbols (shapes stand at line ends)
     g   gradient      (P,)      of the meta-objective   x  step direction, x ≈ H⁻¹g
 
 Three voices in the comments: `Paper:`; `Authors' code:`, where their repository
-(cbfinn/maml_rl) does otherwise; `Here:`, our choice and its reason. notes.md has all of
-them in one table, the derivations, and what each [tag] refers to.
+(cbfinn/maml_rl) does otherwise; `Here:`, our choice and its reason. notes.md has a
+table of them, the derivations, what each [tag] refers to, and a list of the questions
+(Q1) to (Q15). Tags like [notes l.11] mean a line of a reader's pseudocode, errors and
+all: section 4 of notes.md restates it line by line.
 """
 from __future__ import annotations
 
@@ -126,7 +128,8 @@ class Config:
     damping: float = setting(1e-5, "added to H's diagonal (authors' code)")
     cg_iterations: int = setting(10, "CG's steps (authors' code)")
     cg_tolerance: float = setting(1e-10, "stop CG at r·r below this (authors' code)")
-    hvp: str = setting("finite-difference", "Hessian-vector product", HVPS)
+    hvp: str = setting(None, "Hessian-vector product (default: finite-difference; with "
+                       "--first-order or the ratio loss gauss-newton)", HVPS)
     fd_step: float = setting(0.01, "length of the move in θ that a finite difference "
                              "makes (ours, measured: notes.md)")
     backtrack_ratio: float = setting(
@@ -135,7 +138,7 @@ class Config:
         15, "line search: trials, the full step included (authors' code)")
     # Evaluation and machine
     eval_tasks: int = setting(40, "held-out tasks (authors' code)")
-    eval_episodes: int = setting(40, "episodes a task and step (paper, 2D)")
+    eval_episodes: int = setting(None, "episodes a task and step, at evaluation")
     eval_steps: int = setting(3, "adaptation steps at evaluation")
     eval_alpha: float = setting(None, "α of the first step at evaluation, halved from "
                                 "the second on (paper); a given --alpha is the default")
@@ -159,6 +162,7 @@ PRESETS: dict[str, dict[str, tuple[Any, str]]] = {
         horizon=(100, "paper"),
         alpha=(0.2, "ours; the paper says 0.1, the run behind its figure used 0.5"),
         eval_alpha=(0.21, "ours, on 100 other goals; its step has 40 episodes"),
+        eval_episodes=(40, "paper"),
         gamma=(0.99, "authors' code"),
         init_std=(1.0, "authors' code: 1.0 in units of the action limit"),
         max_kl=(0.01, "authors' code; the paper does not state it"),
@@ -179,7 +183,7 @@ class TaskFamily:
     Q: How do I use my own environment? (Q14)
     A: Write a Gymnasium environment whose `reset` takes the task from `options`, and
        `TaskFamily("mine", lambda K: SyncVectorEnv([MyEnv] * K), draw, held_out, H)`.
-       notes.md has a complete example of 15 lines, which a test runs.
+       notes.md has a complete example of 20 lines, which a test runs.
     """
     name: str
     make_envs: Callable[[int], VectorEnv]      # K → K copies, stepped in lockstep
@@ -259,7 +263,7 @@ class GaussianPolicy:
     Paper:         two hidden layers of 100 ReLU units.
     Authors' code: Xavier weights, zero biases; log σ is a parameter that does not
                    depend on the state, σ = 1 at first and never below 1e-6. The inner
-                   step adapts log σ like all others [maml_rl maml_npo.py].
+                   step adapts log σ too [maml_rl maml_minimal_gauss_mlp_policy.py].
 
     With θ a plain vector and the network a function of it, an adapted policy is just
     another vector, θ′ = θ − α∇L, and the graph from θ′ back to θ is never cut.
@@ -430,7 +434,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def discounted_returns(rew: Tensor, gamma: float) -> Tensor:
-    """Rewards-to-go G_t = r_t + γ·G_{t+1}, G_{H+1} = 0; all (K, H) [SpinUp VPG l.4]."""
+    """Rewards-to-go G_t = r_t + γ·G_{t+1} [SpinUp VPG l.4]; (K, H), 0 after the end."""
     out = rew.numpy().copy()
     for t in reversed(range(rew.shape[1] - 1)):
         out[:, t] += gamma * out[:, t + 1]
@@ -478,7 +482,8 @@ def gae(rew: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> 
     All (K, H). With λ = 1, the authors' value, Â_t = G_t − V_t. (This δ is no KL.)
 
     V after step H is 0, as after termination: H is part of the MDP (the notes' first
-    item). It would be a bug for a time limit that is not part of the task.
+    item). It would be a bug for a time limit that is not part of the task, such as an
+    environment's `truncated` before step H, which counts as an end: choose a smaller H.
     """
     values = values * mask
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
@@ -511,11 +516,12 @@ def inner_loss(policy, theta: Tensor, trajectories: Trajectories,
                estimator: str = "log-prob") -> Tensor:
     """L(θ) = −mean over timesteps of log π_θ(a|x)·Â [MAML Eq.4] [SpinUp VPG l.6].
 
-    Only its gradient means anything: it estimates the gradient of Eq. 4 up to scale.
+    Only its gradient means anything. Its mean is Eq. 4's, up to scale, if γ is 1 and
+    the baseline has not seen D; what both do to it: notes.md, section 7.
 
     Paper:         Eq. 4 is −E[Σ_t R]: a sum over the H steps (as Spinning Up's).
     Authors' code: a mean over all K·H timesteps, of standardised advantages
-                   [maml_rl maml_npo.py]: α here is worth α/H there.
+                   [maml_rl maml_npo.py]: their α is α/(H·std of Â) of Eq. 4's.
     Here:          as the authors' code.
 
     Q: Why REINFORCE inside and TRPO outside? (Q13)
@@ -587,7 +593,7 @@ def kl_old_new(old: Distribution, new: Distribution) -> Tensor:
 
     Q: The KL is always 0 and the ratio always 1: is this a bug? (Q1)
     A: No. At θ_old both policies are the same: the KL is at its minimum, 0, with
-       gradient 0. TRPO uses its *Hessian* there, JᵀFJ. 0 after the step is a bug.
+       gradient 0. TRPO uses its *Hessian* there, JᵀFJ. 0 after an accepted step is one.
     Q: Which direction? (Q12)
     A: Old first, as TRPO. The two directions have the same Hessian at θ_old, the Fisher
        matrix, and differ from the third order on: the line search can tell.
@@ -696,9 +702,11 @@ def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor,
 
     Authors' code: symmetric, ε = 1/‖θ‖ through a mixed-up argument: a move of ‖v‖/‖θ‖
                    [maml_rl conjugate_gradient_optimizer.py].
-    Here:          one-sided, step 0.01: 1-9 % error on point2d. A smaller step is worse
-                   at initialisation, where episodes start on ReLU's kinks (x = 0, zero
-                   biases): notes.md. `--hvp gauss-newton` is exact, at twice the price.
+    Here:          one-sided, step 0.01: on point2d a median error of 8-9 %, far more
+                   in CG's last directions; 76-95 % of the exact step's progress. A
+                   smaller step is worse at initialisation, where episodes start on
+                   ReLU's kinks (x = 0, zero biases): notes.md. `--hvp gauss-newton` is
+                   exact, at twice the price.
     """
     eps = step / v.norm()
     if symmetric:
@@ -716,7 +724,8 @@ def conjugate_gradient(hvp: Callable[[Tensor], Tensor], b: Tensor, iterations: i
     Q: x = inverse(kl_hessian) * meta_grad, is that right? [notes l.62]
     A: H⁻¹g is wanted, but H has P² ≈ 10⁸ entries and need not have an inverse (and `*`
        multiplies entry by entry, with meta_grad a loss, not g). CG needs products H·p
-       only; its n-th x is the best one in the span of g, Hg, …, Hⁿ⁻¹g. Ten do.
+       only; its n-th x is the best one in the span of g, Hg, …, Hⁿ⁻¹g. Ten are far
+       from H⁻¹g on the walkers ("CG left" near 1), and still a good direction.
     Q: What are CG, HVP, damping for, and whose Hessian is it? (Q7)
     A: The Hessian of the mean KL between old and new *adapted* policies, as a function
        of θ: it measures a step by what it does to them. Damping, in `trpo_meta_step`,
@@ -773,7 +782,7 @@ def kl_hessian_product(policy, theta: Tensor, task_data: Sequence[TaskData],
     """v ↦ H·v of the mean KL at θ_old; --hvp's exact products: Part II.
 
     With --first-order or the ratio estimator a difference is not symmetric: it moves θ′
-    by its true J and multiplies by the estimator's Jᵀ. Then use --hvp gauss-newton.
+    by its true J and multiplies by the estimator's Jᵀ. Their default is gauss-newton.
     """
     settings = config.alpha, config.first_order, config.inner_loss
 
@@ -811,7 +820,7 @@ def trpo_meta_step(policy, theta: Tensor, task_data: Sequence[TaskData], config:
     hvp = kl_hessian_product(policy, theta, task_data, config)
     x, residual = conjugate_gradient(lambda v: hvp(v) + config.damping * v, g,
                                      config.cg_iterations, config.cg_tolerance)
-    xHx = float(x @ (g - residual))          # Hx = g − r: no further product needed
+    xHx = float(x @ (g - residual))     # g − r = Hx + damping·x: damping counts, too
     stats.update(cg_residual=float(residual.norm() / g.norm().clamp(min=1e-30)),
                  seconds_cg=clock.lap())
 
@@ -859,9 +868,10 @@ def train_maml(config: Config, family: TaskFamily | None = None,
     Q: What else is wrong with the pseudocode's loop?
     A: Loudly: no `torch.kl_divergence` [notes l.48]; a list has no `mean` [notes l.60];
        its lists are never emptied: iteration 2 goes backward through a freed graph.
-       Silently: one fixed list of tasks [notes l.28]; no `zero_grad`, so a copy's inner
-       and outer gradient add up; one optimizer, which holds a replaced model's
-       parameters; see `surrogate_and_kl` and `backtrack_line_search` for the rest.
+       Silently: a fixed list of tasks [notes l.28], of which no episode hears anything
+       [notes l.1-14]; no `zero_grad`, so a copy's inner and outer gradient add up; one
+       optimizer, which holds a replaced model's parameters; see `surrogate_and_kl` and
+       `backtrack_line_search` for the rest.
     """
     family = family or family_of(config)
     policy = make_policy(family, config)
@@ -870,8 +880,8 @@ def train_maml(config: Config, family: TaskFamily | None = None,
         while state.iteration < config.iterations:                             # l.2
             try:
                 state = meta_iteration(policy, family, state, config)          # l.3-10
-            except (BadInput, Diverged) as error:
-                raise type(error)(f"iteration {state.iteration}: {error}") from error
+            except (BadInput, Diverged) as e:
+                raise type(e)(f"iteration {state.iteration + 1}: {e}") from e
             after_iteration(state)
     return state.theta, state.rows
 
@@ -972,6 +982,8 @@ def complete(config: Config) -> None:
         preset["eval_alpha"] = config.alpha
     preset.setdefault("eval_alpha", preset["alpha"])
     preset["workers"] = available_cores()
+    another_j = config.first_order or config.inner_loss == "ratio"
+    preset["hvp"] = "gauss-newton" if another_j else "finite-difference"
     if config.method == "random":
         preset["iterations"] = 0
         if config.iterations:
@@ -996,8 +1008,8 @@ class BadInput(ValueError):
 POSITIVE = (lambda x: 0 < x < math.inf, "a finite number above 0")
 NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
 FRACTION = (lambda x: 0 <= x <= 1, "between 0 and 1")
-COUNT = (lambda x: 1 <= x <= 10**9, "a whole number, 1 or more")
-COUNT_OR_0 = (lambda x: 0 <= x <= 10**9, "a whole number, 0 or more")
+COUNT = (lambda x: 1 <= x <= 10**9, "a whole number from 1 to 10**9")
+COUNT_OR_0 = (lambda x: 0 <= x <= 10**9, "a whole number from 0 to 10**9")
 RULES = {                                 # field of Config → what its value must be
     **dict.fromkeys(("seed", "iterations", "eval_steps"), COUNT_OR_0),
     **dict.fromkeys(("meta_batch_size", "rollouts", "horizon", "inner_steps", "workers",
@@ -1442,8 +1454,8 @@ class VelocitiesScaled(gym.vector.VectorObservationWrapper):
     Authors' code: no scaling.
     Here:          joints turn at ±10 rad/s while angles stay within ±1. With Xavier
                    weights the first policy's mean is then beyond the actions' limits in
-                   45 % of the cheetah's steps, where no gradient can be felt. Scaled,
-                   it learns ten times faster: notes.md has the runs.
+                   45 % of the cheetah's steps, where no gradient can be felt. After 20
+                   iterations: 133 with scaling, −1 without; notes.md has the runs.
     """
     UNIT = 10.0
 
@@ -1522,6 +1534,7 @@ FIGURE_RUN = "the authors' run behind the paper's figure"
 LOCOMOTION = dict(
     iterations=(475, FIGURE_RUN + ", with 10 rollouts; the paper allows up to 500"),
     meta_batch_size=(40, "paper"), rollouts=(20, "paper"), horizon=(200, "paper"),
+    eval_episodes=(20, "paper: no other number than in training"),
     alpha=(0.1, "paper"), gamma=(0.95, "ours, measured: notes.md; authors' code 0.99"),
     init_std=(0.5, "ours, measured: notes.md; authors' code: 1.0"),
     max_kl=(0.05, "ours, measured: notes.md; authors' code: 0.01, cheetah-dir 0.02"))
@@ -1529,7 +1542,8 @@ PRESETS |= {
     "cheetah-vel": LOCOMOTION,
     "cheetah-dir": LOCOMOTION | dict(iterations=(100, FIGURE_RUN)),
     "ant-vel": LOCOMOTION | dict(iterations=(375, FIGURE_RUN)),
-    "ant-dir": LOCOMOTION | dict(iterations=(575, FIGURE_RUN), rollouts=(40, "paper")),
+    "ant-dir": LOCOMOTION | dict(iterations=(575, FIGURE_RUN), rollouts=(40, "paper"),
+                                 eval_episodes=(40, "paper, as in training")),
 }
 
 
@@ -1551,17 +1565,20 @@ def make_policy(family: TaskFamily, config: Config) -> GaussianPolicy:
                 len(space.shape) == 1 <= space.shape[0]):
             raise BadInput(f"{family.name}: the {name} space must be a Box of one row "
                            f"of numbers, not {space}: wrap the environment")
-    check_environment(family, envs)
+    check_environment(family, envs, config)
     return GaussianPolicy(obs.shape[0], act.shape[0], config.hidden, config.activation,
                           config.init_std)
 
 
-def check_environment(family: TaskFamily, envs: VectorEnv) -> None:
+def check_environment(family: TaskFamily, envs: VectorEnv, config: Config) -> None:
     """Raise BadInput unless reset and a first step keep to Gymnasium and the spaces.
 
     Whether `reset` heeds the task cannot be seen. Later errors pass as they are.
     """
     K, shape = envs.num_envs, envs.observation_space.shape
+    if family.name not in TASKS and config.horizon != family.horizon:
+        raise BadInput(f"{family.name}: its horizon is {family.horizon}, the settings' "
+                       f"{config.horizon}: give both the same")
     try:
         obs, _ = envs.reset(seed=[0] * K, options={"task": family.test_tasks(1)[0]})
         results = obs, *envs.step(np.zeros(envs.action_space.shape, np.float32))[:4]
@@ -1662,13 +1679,21 @@ PAPER: dict[str, dict[str, tuple[float, ...]]] = {
 }
 
 
-def evaluate(config: Config, theta: Tensor) -> np.ndarray:
-    """The run's adaptation table (tasks, steps + 1); the oracle has step 0 only."""
-    family = family_of(config)
+def evaluate(config: Config, theta: Tensor, family: TaskFamily | None = None,
+             ) -> np.ndarray:
+    """The run's adaptation table (tasks, steps + 1); the oracle has step 0 only.
+
+    `family` as for `train_maml`. Raises BadInput if θ is not of its policy's size.
+    """
+    family = family or family_of(config)
+    policy = make_policy(family, config)
+    if theta.shape != (policy.num_params,):
+        raise BadInput(f"θ has {theta.numel()} numbers, the policy for {family.name} "
+                       f"{policy.num_params}: is it of another task?")
     steps = 0 if config.method == "oracle" else config.eval_steps
     with one_thread_each():
         return adaptation_returns(
-            make_policy(family, config), theta, family,
+            policy, theta, family,
             family.test_tasks(config.eval_tasks), steps, config.eval_episodes,
             config.eval_alpha, horizon=config.horizon, gamma=config.gamma,
             lam=config.lam, estimator=config.inner_loss, seed=config.seed,
@@ -1755,13 +1780,18 @@ def write_evaluation(path: Path, method: str, returns: np.ndarray) -> None:
 
 
 def read_evaluation(folder: Path, task: str) -> tuple[str, np.ndarray]:
-    """Another run's method and (tasks, steps + 1) table; BadInput if there is none."""
+    """Another run's method and (tasks, steps + 1) table; BadInput if there is none.
+
+    From a run's folder, or from an evaluation.csv alone, which does not name its task.
+    """
     try:
-        run = (folder / "config.json").exists()
-        with open(folder / ("config.json" if run else "evaluated.json"),
-                  encoding="utf-8") as f:
-            other = json.load(f)["task"]
-        with open(folder / "evaluation.csv", newline="", encoding="utf-8") as f:
+        other, file = task, folder
+        if folder.suffix != ".csv":
+            run, file = (folder / "config.json").exists(), folder / "evaluation.csv"
+            with open(folder / ("config.json" if run else "evaluated.json"),
+                      encoding="utf-8") as f:
+                other = json.load(f)["task"]
+        with open(file, newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
         shape = [1 + max(int(row[name]) for row in rows) for name in ("task", "step")]
         table = np.full(shape, np.nan)
@@ -1772,7 +1802,7 @@ def read_evaluation(folder: Path, task: str) -> tuple[str, np.ndarray]:
             raise ValueError
     except Exception:                # whatever a foreign file makes json and csv raise
         raise BadInput(f"--compare {folder}: no finished run there (it needs "
-                       f"config.json and evaluation.csv)") from None
+                       f"evaluation.csv, and config.json or evaluated.json)") from None
     if other != task:
         raise BadInput(f"--compare {folder}: a run of {other}, not of {task}")
     return method, table
@@ -1825,7 +1855,8 @@ def draw_adaptation(path: Path, config: Config,
     for label, table in tables:
         steps = np.arange(table.shape[1])
         color = PALETTE.get(method_of(label), None)
-        mean, error = np.nanmean(table, axis=0), standard_error(table)
+        mean = np.nanmean(table, axis=0)
+        error = standard_error(*by_task(config, table).values())
         if len(steps) == 1:
             ax.axhline(mean[0], color=color, label=label)
         else:
@@ -1840,9 +1871,11 @@ def draw_adaptation(path: Path, config: Config,
                 ax.plot(range(len(row)), row, marker="s", markersize=4,
                         label=f"{method}, paper", **style)
     note = "" if config.task == "point2d" else "\n(paper: another simulator)"
-    ax.set(xlabel="gradient steps on the held-out task", ylabel="return (undiscounted)",
-           title=f"{config.task}: mean ± standard error over "
-                 f"{len(tables[0][1])} held-out tasks{note}")
+    count, groups = len(tables[0][1]), len(by_task(config, tables[0][1]))
+    over = f"{count} " + ("held-out tasks" if groups == 1 else
+                          f"evaluations of the {groups} tasks")
+    ax.set(xlabel="gradient steps on the task", ylabel="return (undiscounted)",
+           title=f"{config.task}: mean ± standard error over {over}{note}")
     ax.title.set_fontsize(10)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -1873,11 +1906,24 @@ def method_of(label: str) -> str:
     return label.split(",")[0]
 
 
-def standard_error(table: np.ndarray) -> np.ndarray:
-    """Of the mean over tasks: (tasks, n) → (n,); 0 for a single task."""
-    if len(table) == 1:
-        return np.zeros(table.shape[1])
-    return table.std(axis=0, ddof=1) / math.sqrt(len(table))
+def by_task(config: Config, table: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows of a table (tasks, n), apart for tasks that come again: the two
+    directions, which are all of p(T). Other tasks are a sample, in one group."""
+    tasks = family_of(config).test_tasks(len(table))
+    kinds = np.unique(tasks, axis=0)
+    if len(kinds) == len(tasks):
+        return {"": table}
+    return {f"task {kind[0]:+g}": table[(tasks == kind).all(1)] for kind in kinds}
+
+
+def standard_error(*groups: np.ndarray) -> np.ndarray:
+    """Of the mean of all rows, from the spread within each group: (…, n) → (n,).
+
+    What lies *between* the two directions is no error: both are always there.
+    """
+    variances = [len(rows) * rows.var(axis=0, ddof=1) if len(rows) > 1
+                 else 0 * rows[0] for rows in groups]
+    return np.sqrt(sum(variances)) / sum(map(len, groups))
 
 
 def comparison_table(config: Config, tables: Sequence[tuple[str, np.ndarray]]) -> str:
@@ -1888,9 +1934,15 @@ def comparison_table(config: Config, tables: Sequence[tuple[str, np.ndarray]]) -
     lines = ["gradient steps".ljust(width)
              + "".join(f"{step:>17}" for step in range(columns))]
     for label, table in tables:
-        cells = [f"{m:9.2f} ± {e:5.2f}" for m, e in zip(np.nanmean(table, axis=0),
-                                                        standard_error(table))]
-        lines.append(label.ljust(width) + "".join(cell.rjust(17) for cell in cells))
+        groups = by_task(config, table)
+        rows = {label: list(groups.values())}
+        if len(groups) > 1:
+            rows |= {f"  {name}": [group] for name, group in groups.items()}
+        for name, parts in rows.items():
+            one = sum(map(len, parts)) == len(parts)       # nothing to see a spread in
+            cells = [f"{m:9.2f}" + (" " * 8 if one else f" ± {e:5.2f}") for m, e in zip(
+                np.nanmean(np.concatenate(parts), axis=0), standard_error(*parts))]
+            lines.append(name.ljust(width) + "".join(cell.rjust(17) for cell in cells))
     for method, row in PAPER.get(config.task, {}).items():
         if method in {method_of(label) for label, _ in tables}:
             cells = [f"{value:9.2f}        " for value in row[:columns]]
@@ -2037,7 +2089,7 @@ def build_parser() -> Parser:
     add("--evaluate", type=Path, metavar="FILE",
         help="no training: table and figures of a saved θ")
     add("--compare", type=Path, nargs="+", metavar="DIR",
-        help="put other runs' rows and curves into the table and figure")
+        help="put other runs (or evaluation.csv files) into the table and figure")
     add("--render", type=Path, metavar="FILE.gif",
         help="at the end, draw an episode before and one after a gradient step")
     return parser
@@ -2171,7 +2223,7 @@ def train_in_folder(config: Config, folder: Path, state: TrainState) -> TrainSta
 def report(config: Config, folder: Path, state: TrainState,
            compare: Sequence[Path]) -> None:
     """Evaluate the last θ; write evaluation.csv and the figures; print the table."""
-    say(f"Evaluating the last θ on {config.eval_tasks} held-out tasks, "
+    say(f"Evaluating the last θ on {config.eval_tasks} tasks, "
         f"{config.eval_episodes} episodes after each step …")
     table = evaluate(config, state.theta)
     if not first_rank():
@@ -2180,13 +2232,14 @@ def report(config: Config, folder: Path, state: TrainState,
     tables = [(f"{config.method}, last θ", table)]
     for other in compare:
         method, rows = read_evaluation(other, config.task)
-        tables.append((f"{method}, {other.name}", rows))
+        size = "" if len(rows) == len(table) else f", {len(rows)} tasks"
+        tables.append((f"{method}, {other.stem}{size}", rows))
     if state.rows:
         draw_learning_curve(folder / "learning.png", config, state)
     draw_adaptation(folder / "adaptation.png", config, tables)
     if config.task == "point2d":
         draw_trajectories(folder / "trajectories.png", config, state.theta)
-    say("\nReturn, mean ± standard error over the held-out tasks\n"
+    say("\nReturn, mean ± standard error over the tasks\n"
         + comparison_table(config, tables))
 
 
@@ -2208,9 +2261,14 @@ def prepare(options: dict[str, Any]) -> tuple[Config, Path, TrainState]:
     else:
         config, state = Config(**given), None
         name = f"{config.task}-{config.method}-seed{config.seed}"
+        if resume and not folder and (Path("runs") / f"{name}-2").exists():
+            raise BadInput(f"--resume: there are several runs/{name}…: name one, --out")
         folder = folder or (Path("runs") / name if resume else next_free(name))
         if resume:
             config, state = resumed(folder, given)
+        if "init" in options and (state or config.method == "random"):
+            raise BadInput("--init is for a run that trains and has not begun: leave "
+                           "it out")
         if state is None:
             state = TrainState.initial(make_policy(family_of(config), config), config)
             if "init" in options:
@@ -2222,6 +2280,8 @@ def prepare(options: dict[str, Any]) -> tuple[Config, Path, TrainState]:
     for other in options.get("compare", []):
         read_evaluation(other, config.task)
     if "render" in options:                      # find out now, not after the training
+        if options["render"].suffix.lower() != ".gif":
+            raise BadInput(f"--render {options['render']}: the name must end in .gif")
         if options["render"].exists():
             raise BadInput(f"--render {options['render']}: that file is there already")
         options["render"].touch()
@@ -2237,17 +2297,24 @@ def run(options: dict[str, Any]) -> int:
     started = time.perf_counter()
     config, folder, state = from_first_rank(lambda: prepare(options))
     if "evaluate" not in options:
+        times = (f"{config.inner_updates + 1} times" if config.inner_updates else
+                 "once (no inner step: before = after)")
+        done = f", {state.iteration} of them done" if state.iteration else ""
         say(f"{config.task}, {config.method}, seed {config.seed}: {config.iterations} "
-            f"meta-iterations of {config.meta_batch_size} tasks × {config.rollouts} "
-            f"episodes × {config.horizon} steps, twice; {config.workers} workers; "
-            f"writes to {folder}")
+            f"meta-iterations{done} of {config.meta_batch_size} tasks × "
+            f"{config.rollouts} episodes × {config.horizon} steps, {times}; "
+            f"{config.workers} workers; writes to {folder}")
         state = train_in_folder(config, folder, state)
-    elif first_rank():
-        write_config(folder / "evaluated.json", config)
+    else:
+        say(f"{options['evaluate']}: {config.task}, {config.method}, seed "
+            f"{config.seed}, θ after {state.iteration} meta-iterations")
+        if first_rank():
+            write_config(folder / "evaluated.json", config)
     report(config, folder, state, options.get("compare", []))
     if "render" in options and first_rank():
         render_gif(options["render"], config, state.theta)
-    say(f"\nDone in {time.perf_counter() - started:.0f} s. Files: {folder}")
+    files = " and ".join(str(x) for x in (folder, options.get("render")) if x)
+    say(f"\nDone in {time.perf_counter() - started:.0f} s. Files: {files}")
     return 0
 
 

@@ -965,7 +965,11 @@ def test_command_line_resumes_extends_compares_and_evaluates(
                     "--compare", str(b)]) == 0
     assert mt.main(["--evaluate", str(a / "checkpoint.pt"), "--out", str(tmp_path / "f"),
                     "--compare", str(tmp_path / "e")]) == 0       # of an evaluation, too
-    assert "maml, b" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "maml, b" in out and f"{a / 'checkpoint.pt'}: point2d, maml, seed 0, θ after 3" in out
+    assert mt.main(["--evaluate", str(a / "checkpoint.pt"), "--out", str(tmp_path / "g"),
+                    "--eval-tasks", "2", "--compare", str(a / "evaluation.csv")]) == 0
+    assert "maml, evaluation, 4 tasks" in capsys.readouterr().out
     assert (tmp_path / "e" / "evaluation.csv").read_text() == (
         a / "evaluation.csv").read_text()
     assert mt.main(["--iterations", "1", *TINY, "--init", str(a / "checkpoint.pt"),
@@ -992,6 +996,25 @@ def test_bad_input_is_one_sentence_and_status_2_and_changes_nothing(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error and "Traceback" not in error
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_resume_and_init_are_refused_where_they_are_ambiguous(
+        tmp_path, no_figures, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert mt.main(FAULT_RUN) == 0 and mt.main(FAULT_RUN) == 0       # the second in …-2
+    theta = str(tmp_path / "runs" / "point2d-maml-seed0" / "checkpoint.pt")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    for args, words in ((["--resume"], "several runs/point2d-maml-seed0"),
+                        (["--resume", "--out", "runs/point2d-maml-seed0", "--init", theta],
+                         "--init"), (["--method", "random", "--init", theta], "--init"),
+                        (["--evaluate", theta, "--render", "a.mp4"], ".gif")):
+        assert mt.main(args) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert mt.main(["--resume", "--out", "runs/point2d-maml-seed0"]) == 0
+    assert "1 meta-iterations, 1 of them done" in capsys.readouterr().out
 
 
 def test_import_has_no_side_effects(tmp_path):
@@ -1078,8 +1101,45 @@ def test_own_environment_of_the_notes_runs():
     example = section.split("```python\n")[1].split("```")[0]
     assert "iterations=20" in example and len(example.splitlines()) <= 24
     scope: dict = {}
-    exec(example.replace("iterations=20", "iterations=2"), scope)
+    few = "iterations=2, eval_tasks=5, eval_episodes=4"
+    exec(example.replace("iterations=20", few), scope)
     assert len(scope["rows"]) == 2 and torch.isfinite(scope["theta"]).all()
+    family, theta = scope["family"], scope["theta"]
+    returns = mt.evaluate(scope["config"], theta, family)
+    assert returns.shape == (5, 4) and -20 < returns.mean() < 0
+    with pytest.raises(mt.BadInput, match="corridor.* is 20, the settings' 100"):
+        mt.train_maml(mt.Config(iterations=1), family)
+    with pytest.raises(mt.BadInput, match="another task"):
+        mt.evaluate(mt.Config(), theta)                       # θ is not point2d's
+
+
+def test_estimators_with_another_jacobian_have_exact_products_by_default():
+    """A difference is wrong for them: see the test of the estimator's J."""
+    assert mt.Config().hvp == "finite-difference"
+    assert mt.Config(first_order=True).hvp == "gauss-newton"
+    assert mt.Config(inner_loss="ratio").hvp == "gauss-newton"
+    assert mt.Config(first_order=True, hvp="double-backprop").hvp == "double-backprop"
+
+
+def test_standard_error_leaves_out_what_lies_between_the_two_directions():
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(40, 3)) + 100.0 * np.resize([1, -1], (40, 1))
+    groups = mt.by_task(mt.Config(task="cheetah-dir"), table)
+    assert list(groups) == ["task -1", "task +1"]
+    assert np.array_equal(groups["task +1"], table[0::2])
+    error = mt.standard_error(*groups.values())
+    # Two independent means of 20: the error of their mean, by its definition.
+    parts = [table[k::2].std(axis=0, ddof=1) / math.sqrt(20) for k in (0, 1)]
+    assert np.allclose(error, np.hypot(*parts) / 2) and (error < 0.25).all()
+    groups = mt.by_task(mt.Config(), table)                # 40 goals: an ordinary sample
+    assert np.array_equal(groups[""], table)
+    assert np.allclose(mt.standard_error(*groups.values()),
+                       table.std(axis=0, ddof=1) / math.sqrt(40))
+    one = mt.comparison_table(mt.Config(), [("maml, last θ", table[:1])])
+    assert "±" not in one and f"{table[0, 1]:.2f}" in one
+    both = mt.comparison_table(mt.Config(task="ant-dir"), [("maml, last θ", table)])
+    assert [line.split()[:2] for line in both.splitlines()[2:4]] == [
+        ["task", "-1"], ["task", "+1"]]
 
 
 def test_every_public_function_has_a_docstring_and_lines_are_at_most_88_wide():
@@ -3103,7 +3163,7 @@ def test_difference_product_has_the_estimators_J_on_its_left_only(changes):
     and not what the two exact products compute.
     """
     config = tiny_config(hidden=(4,), alpha=1.0, activation="tanh", fd_step=1e-6,
-                         meta_batch_size=1, **changes)
+                         meta_batch_size=1, hvp="finite-difference", **changes)
     policy, theta, (data,) = sampled_problem(config)
     P = len(theta)
 
@@ -3372,7 +3432,7 @@ def test_best_theta_is_the_one_that_was_sampled_when_the_return_after_was_highes
 
 
 def test_std_that_collapses_in_a_step_stops_in_that_iteration(monkeypatch):
-    with pytest.raises(mt.Diverged, match="^iteration 0: .*std"):
+    with pytest.raises(mt.Diverged, match="^iteration 1: .*std"):
         constant_runs(monkeypatch, [[0.0]], [[0.0]], move=-50.0)
 
 
@@ -3609,7 +3669,7 @@ MUTANTS = [
     ("the meta-step ignores --cg-tolerance",
      "config.cg_iterations, config.cg_tolerance)\n    xHx", "config.cg_iterations)\n    xHx"),
     ("the step's scale leaves damping out of xᵀHx",
-     "xHx = float(x @ (g - residual))          # Hx = g − r: no further product needed",
+     "xHx = float(x @ (g - residual))",
      "xHx = float(x @ (g - residual - config.damping * x))"),
     # several inner steps
     ("each D of several inner steps is sampled with θ",
@@ -5869,7 +5929,7 @@ def test_bad_reward_is_named_with_iteration_task_and_step(reward, error, words):
                         and task == drawn[3] else 0.1 * t)
     family = dataclasses.replace(family, sample_tasks=lambda rng, M: [
         drawn.append(rng.uniform(1, 2, 1)) or drawn[-1] for _ in range(M)])
-    with pytest.raises(error, match=f"^iteration 1: .*{words}") as raised:
+    with pytest.raises(error, match=f"^iteration 2: .*{words}") as raised:
         train_toy(family)
     assert str(drawn[3]) in str(raised.value)
 
@@ -5922,13 +5982,13 @@ def test_gradient_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
     monkeypatch.setattr(mt, "meta_gradient", broken)
     assert fault_run(tmp_path / "run", "--iterations", "3") == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "iteration 1: the meta-gradient is not finite" in error
+    assert error.count("\n") == 1 and "iteration 2: the meta-gradient is not finite" in error
     assert mt.load_checkpoint(tmp_path / "run" / "checkpoint.pt")[1].iteration == 1
 
 
 @pytest.mark.parametrize("std", [1e-8, 1e8, 1e30])
 def test_std_that_collapsed_or_exploded_stops_with_its_name(std):
-    with pytest.raises(mt.Diverged, match="^iteration 0: .*std"):
+    with pytest.raises(mt.Diverged, match="^iteration 1: .*std"):
         train_toy(init_std=std)
     mt.check_std(torch.tensor([2e-6, 1.0, 5e5]))
 
@@ -6431,7 +6491,7 @@ def figure_graph(path):
     ax.axis("off")
     old, y = r"$_\mathrm{old}$", 66
     for x, dy, width, text in (
-            (5, 0, 9, "θ"), (26, 0, 16, "L$_\\mathrm{pre}$ = L(θ)\non D, with Â"),
+            (5, 0, 9, "θ"), (26, 0, 16, "L(θ)\non D, with Â"),
             (48, 0, 12, "∇L(θ)"), (69, 0, 14, "θ′ =\nθ − α∇L(θ)"),
             (91, 9, 17, "surrogate\non D′ with Â′"),
             (91, -9, 17, f"k = KL(π{old} ‖ π$_{{θ′}}$)\non D′")):
@@ -6456,7 +6516,7 @@ def figure_graph(path):
     for x, y_, ink, text in (
             (36, y + 13.3, "first", "θ → θ′ with derivative I"),
             (38, y + 2.4, "second", "∇"), (58, y - 3.4, "second", "−α"),
-            (58.5, 55.0, "third", f"× ∂ⱼK, which is 0 at θ{old}")):
+            (58.5, 55.0, "third", f"× ∂ⱼκ, which is 0 at θ{old}")):
         ax.text(x, y_, text, color=HESS_INK[ink], fontsize=9, ha="center", va="center")
     for x, y_, number in ((13.4, y, 1), (14.5, y + 6, 1), (57.2, y, 2),
                           (78.9, y + 4.9, 3)):
@@ -6465,10 +6525,10 @@ def figure_graph(path):
     rows = (
         ("first", "first order", "J = I: all that --first-order keeps."),
         ("second", "second order", "J = I − α∇²L, if ∇L has a graph of its own "
-         "(create_graph=True).\nThe gradients Jᵀ∇(surrogate) and ∇k = Jᵀ∇K cross this "
+         "(create_graph=True).\nThe gradients Jᵀ∇(surrogate) and ∇k = Jᵀ∇κ cross this "
          "path once."),
-        ("third", "third order", "∇²k = Jᵀ(∇²K)J + Σⱼ ∂ⱼK·∇²θ′ⱼ, and ∇²θ′ⱼ = −α ∂ⱼ∇²L "
-         f"crosses it twice.\nAt θ{old} each ∂ⱼK is 0: the third derivative is there, "
+        ("third", "third order", "∇²k = Jᵀ(∇²κ)J + Σⱼ ∂ⱼκ·∇²θ′ⱼ, and ∇²θ′ⱼ = −α ∂ⱼ∇²L "
+         f"crosses it twice.\nAt θ{old} each ∂ⱼκ is 0: the third derivative is there, "
          "times zero."))
     for (ink, head, text), y_ in zip(rows, (33.5, 29.5, 22.5)):
         ax.text(0, y_, head, color=HESS_INK[ink], fontsize=9, va="top", weight="bold")
