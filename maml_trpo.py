@@ -2233,7 +2233,8 @@ def report(config: Config, folder: Path, state: TrainState,
     for other in compare:
         method, rows = read_evaluation(other, config.task)
         size = "" if len(rows) == len(table) else f", {len(rows)} tasks"
-        tables.append((f"{method}, {other.stem}{size}", rows))
+        name = other.stem.removesuffix("-evaluation")
+        tables.append((f"{method}, {name}{size}", rows))
     if state.rows:
         draw_learning_curve(folder / "learning.png", config, state)
     draw_adaptation(folder / "adaptation.png", config, tables)

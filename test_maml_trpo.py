@@ -2,10 +2,7 @@
 
     python -m pytest                        the fast suite (under 2 minutes on two cores)
     MAML_SLOW=1 python -m pytest            the long tests too
-    python test_maml_trpo.py benchmark      where the time of a meta-iteration goes;
-                                            `benchmark paper`: half-cheetah, full size
-    python test_maml_trpo.py kills 50       kill a run 50 times: does it end the same?
-    python test_maml_trpo.py finetune FILE  a baseline's step size: the search
+    python test_maml_trpo.py                the other commands: benchmark, kills, …
 
 Oracles are independent of the functions they test: plain loops, closed forms,
 torch.distributions, dense solves, central finite differences in float64. Sizes are
@@ -4936,7 +4933,7 @@ def ex_command(argv: list[str]) -> int:
                   f"test_maml_trpo.py check all {path}")
             return 0
     what = f"{' '.join(argv)!r} cannot be understood" if argv else "what is to be done?"
-    raise ExUsage(f"{what} There are\n{EX_USAGE}")
+    raise ExUsage(f"{what}; there are\n{EX_USAGE}")
 
 
 def exercises_main(argv: list[str]) -> int:
@@ -5604,6 +5601,8 @@ OLD_LOCALE = {name: value for name, value in os.environ.items() if name != "DISP
 def kills(count: str = "50") -> None:
     """Kill a run at random moments, each second time while it writes a checkpoint, and
     resume it."""
+    if not count.isdigit():
+        raise mt.BadInput(f"how often? {count!r} is not a whole number")
     args = [*FAULT_RUN, "--iterations", "25"]
     for name in NO_FIGURES:
         setattr(mt, name, lambda *args: None)
@@ -6273,10 +6272,11 @@ def print_iterations(title, ways=tuple(WAYS), **settings):
             flush=True)
     alone = measured["1 worker"]
     print("     from one to two: " + "; ".join(
-        f"{name[2:]} {speed_up:.2f} x, by Amdahl {100 * (2 / speed_up - 1):.0f} % serial"
-        for name in ways[1:] for speed_up in [alone["total"] / measured[name]["total"]])
-        + ("" if mt.TASKS[settings["task"]].threads else "; known: sampling, under "
-           f"threads, {100 * alone['sampling'] / alone['total']:.0f} % of the whole"))
+        f"{name[2:]} {speed_up:.2f} x, by Amdahl {100 * max(0, 2 / speed_up - 1):.0f} % "
+        "serial" for name in ways[1:]
+        for speed_up in [alone["total"] / measured[name]["total"]])
+        + ("" if mt.TASKS[settings["task"]].threads else "; of it sampling, one thread's, "
+           f"{100 * alone['sampling'] / alone['total']:.0f} %"))
     return measured
 
 
@@ -6327,7 +6327,7 @@ def benchmark(size=""):
     if size == "paper":
         print_iterations("cheetah-dir, paper", iterations=2, task="cheetah-dir")
         return
-    measured = print_iterations("point2d", task="point2d", iterations=4)
+    measured = print_iterations("point2d", task="point2d", iterations=10)
     rate, flops = product_rate(), flops_of_cg()
     print(f"     a product (2000×100)·(100×100) in float32: {rate / 1e9:.0f} GFLOP/s a "
           "core; CG reaches " + ", ".join(
@@ -6573,7 +6573,7 @@ def hess_scissors(ax, x, y, number):
             va="center", zorder=6)
 
 
-def product_costs(repeats=25, warm_up=3):
+def product_costs(*, repeats=25, warm_up=3):
     """Print what each product costs: one task, 2,000 samples, float32, one thread."""
     config = mt.Config(workers=1)
     family = mt.family_of(config)
@@ -6601,7 +6601,7 @@ def product_costs(repeats=25, warm_up=3):
               f"| {counter.count} |")
 
 
-def product_quality(activations=("relu", "tanh"), seeds=(0, 1), iterations=12, tasks=8):
+def product_quality(*, activations=("relu", "tanh"), seeds=(0, 1), iterations=12, tasks=8):
     """Print what each product's errors do to ten iterations of CG, float32.
 
     Error: median and largest, along the ten directions that exact CG takes, all seeds.
@@ -6743,7 +6743,12 @@ def finetune(checkpoint: str, *alphas: str) -> None:
     config, state = mt.load_checkpoint(Path(checkpoint))
     family = mt.family_of(config)
     tasks = family.sample_tasks(mt.random_stream(2025), 20)
-    for alpha in map(float, alphas or "0.005 0.01 0.02 0.05 0.1 0.2 0.5 1 2 5".split()):
+    try:
+        tried = [float(alpha) for alpha in alphas or
+                 "0.002 0.005 0.01 0.02 0.05 0.1 0.2 0.5 1 2 5".split()]
+    except ValueError:
+        raise mt.BadInput(f"step sizes are numbers, not {' '.join(alphas)}") from None
+    for alpha in tried:
         try:
             with mt.one_thread_each(), np.errstate(over="ignore"):
                 returns = mt.adaptation_returns(
@@ -6768,14 +6773,44 @@ COMMANDS = {"benchmark": benchmark, "figures": figures, "costs": product_costs,
             "quality": product_quality, "effects": effects, "mutants": mutants,
             "kills": kills, "finetune": finetune}
 EXERCISE_COMMANDS = ("exercises", "make", "check", "bug")
+USAGE = f"""usage: python {Path(__file__).name} COMMAND
+  benchmark [paper]         where the time of a meta-iteration goes (3 minutes)
+  costs                     seconds of each Hessian-vector product (seconds)
+  quality                   what each product's errors do to a step (minutes)
+  effects [NAME …]          one thing changed at a time, trained briefly (20 minutes)
+  figures                   draw the notes' figures (a minute or two)
+  finetune FILE [α …]       a baseline's step size: the search (minutes)
+  kills [N]                 kill a run N times: does it end the same? (50: 3 minutes)
+  mutants [NAME …]          which test catches which wrong change (15 minutes)
+{EX_USAGE}"""
+
+
+def main(argv) -> int:
+    """These commands; a wrong call is answered in a sentence, status 2."""
+    word, *rest = argv or ["nothing"]
+    if word in EXERCISE_COMMANDS:
+        return exercises_main(argv)
+    try:
+        inspect.signature(COMMANDS[word]).bind(*rest)
+    except (KeyError, TypeError):
+        print(USAGE, file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[word](*rest) or 0
+    except mt.BadInput as error:
+        print(f"{word}: {error}", file=sys.stderr)
+        return 2
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], "usage"), (["--help"], "usage"), (["finetune"], "usage"),
+    (["figures", "more"], "usage"), (["kills", "x"], "'x' is not a whole number"),
+    (["finetune", "README.md"], "README.md"), (["bug", "three", "b.py"], "cannot be")])
+def test_wrong_command_is_answered_in_a_sentence(argv, words, monkeypatch, capsys):
+    monkeypatch.chdir(HERE)
+    assert main(argv) == 2
+    assert words in capsys.readouterr().err
 
 
 if __name__ == "__main__":
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    if word in EXERCISE_COMMANDS:
-        sys.exit(exercises_main(sys.argv[1:]))
-    if word not in COMMANDS:
-        print(f"usage: python {Path(__file__).name} "
-              f"{{{','.join((*COMMANDS, *EXERCISE_COMMANDS))}}}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(COMMANDS[word](*sys.argv[2:]))
+    sys.exit(main(sys.argv[1:]))
