@@ -3806,6 +3806,22 @@ MUTANTS = [
     ("training adapts with the α of evaluation",
      "adapt(policy, theta_prime, inner[-1:], config.alpha,  # l.6, l.7",
      "adapt(policy, theta_prime, inner[-1:], config.eval_alpha,  # l.6"),
+    ("first order is given products that are wrong for it",
+     "config.first_order or config.inner_loss == \"ratio\"\n    preset",
+     "False\n    preset"),
+    ("the two directions' difference counts as an error",
+     "if len(kinds) == len(tasks):", "if True:"),
+    ("the error of two directions is not that of their mean",
+     "/ sum(map(len, groups))", "/ len(groups[0])"),
+    ("what a family's horizon is does not matter",
+     "family.name not in TASKS and config.horizon", "False and config.horizon"),
+    ("an episode that is truncated goes on", "ended = terminated | truncated",
+     "ended = terminated.copy()"),
+    ("the mask clears only what needs no clearing", "if not mask.all():",
+     "if mask.all():"),
+    ("one finite record is enough",
+     "if not all(np.isfinite(x).all() for x in recorded):",
+     "if not any(np.isfinite(x).all() for x in recorded):"),
 ]
 
 # Changed, yet the same program: named here with the reason.
