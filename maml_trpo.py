@@ -521,7 +521,8 @@ def inner_loss(policy, theta: Tensor, trajectories: Trajectories,
 
     Paper:         Eq. 4 is −E[Σ_t R]: a sum over the H steps (as Spinning Up's).
     Authors' code: a mean over all K·H timesteps, of standardised advantages
-                   [maml_rl maml_npo.py]: their α is α/(H·std of Â) of Eq. 4's.
+                   [maml_rl maml_npo.py]. A step α on it is one of α/(H·std of the
+                   raw Â) on Eq. 4's loss.
     Here:          as the authors' code.
 
     Q: Why REINFORCE inside and TRPO outside? (Q13)
@@ -2233,7 +2234,7 @@ def report(config: Config, folder: Path, state: TrainState,
     for other in compare:
         method, rows = read_evaluation(other, config.task)
         size = "" if len(rows) == len(table) else f", {len(rows)} tasks"
-        name = other.stem.removesuffix("-evaluation")
+        name = other.name.removesuffix(".csv").removesuffix("-evaluation")
         tables.append((f"{method}, {name}{size}", rows))
     if state.rows:
         draw_learning_curve(folder / "learning.png", config, state)
