@@ -46,10 +46,9 @@ Symbols (shapes stand at line ends)
     g   gradient      (P,)      of the meta-objective   x  step direction, x ≈ H⁻¹g
 
 Three voices in the comments: `Paper:`; `Authors' code:`, where their repository
-(cbfinn/maml_rl) does otherwise; `Here:`, our choice and its reason. notes.md has a
-table of them, the derivations, what each [tag] refers to, and a list of the questions
-(Q1) to (Q15). Tags like [notes l.11] mean a line of a reader's pseudocode, errors and
-all: section 4 of notes.md restates it line by line.
+(cbfinn/maml_rl) does otherwise; `Here:`, our choice and its reason. notes.md has them
+in a table, derivations, a key to the [tags] and to the questions (Q1)-(Q15), and the
+lines of the reader's pseudocode, errors and all, that [notes l.11] and its like mean.
 """
 from __future__ import annotations
 
@@ -698,8 +697,7 @@ def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor,
     Q: What size is the KL's Hessian? (obs × obs) × act? [notes l.61]
     A: P × P, here 10,604², never formed: one Hessian, of the KL averaged over samples
        and tasks. (`kl_div.mean(axis=1)` [notes l.60] would keep one for each task.)
-    Q: What are CG, Hessian-vector products, damping for? (Q7)
-    A: See `conjugate_gradient`.
+    Q: What are CG, Hessian-vector products, damping for? (Q7) See `conjugate_gradient`.
 
     Authors' code: symmetric, ε = 1/‖θ‖ through a mixed-up argument: a move of ‖v‖/‖θ‖
                    [maml_rl conjugate_gradient_optimizer.py].
