@@ -697,7 +697,8 @@ def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor,
     Q: What size is the KL's Hessian? (obs × obs) × act? [notes l.61]
     A: P × P, here 10,604², never formed: one Hessian, of the KL averaged over samples
        and tasks. (`kl_div.mean(axis=1)` [notes l.60] would keep one for each task.)
-    Q: What are CG, Hessian-vector products, damping for? (Q7) See `conjugate_gradient`.
+    Q: What are CG, Hessian-vector products, damping for? (Q7)
+    A: See `conjugate_gradient`.
 
     Authors' code: symmetric, ε = 1/‖θ‖ through a mixed-up argument: a move of ‖v‖/‖θ‖
                    [maml_rl conjugate_gradient_optimizer.py].
