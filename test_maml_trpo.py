@@ -922,6 +922,7 @@ def test_adaptation_returns_equal_a_plain_loop_with_fresh_episodes():
 
 TINY = ["--meta-batch-size", "3", "--rollouts", "4", "--horizon", "8", "--hidden", "8,6",
         "--cg-iterations", "3", "--eval-tasks", "4", "--eval-episodes", "3"]
+FILES_OF_A_TRAINING = sorted({*mt.RUN_FILES} - {"evaluated.json"})
 
 
 def command(*args, cwd, **kw):
@@ -933,8 +934,7 @@ def test_command_line_trains_evaluates_draws_and_says_where(tmp_path):
     out = command("--task", "point2d", "--iterations", 2, *TINY, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     folder = tmp_path / "runs" / "point2d-maml-seed0"
-    assert sorted(p.name for p in folder.iterdir()) == sorted(
-        {*mt.RUN_FILES} - {"evaluated.json"})
+    assert sorted(p.name for p in folder.iterdir()) == FILES_OF_A_TRAINING
     assert str(Path("runs/point2d-maml-seed0")) in out.stdout.splitlines()[-1]
     assert "maml, paper" in out.stdout and "-40.41" in out.stdout
     with open(folder / "progress.csv") as f:
@@ -5875,8 +5875,7 @@ def test_shell_redirections_end_with_status_0(tmp_path, tail):
     out = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True,
                          text=True, timeout=120)
     assert out.returncode == 0 and "Traceback" not in out.stderr, out.stderr
-    assert {p.name for p in (tmp_path / "a b").iterdir()} == (
-        {*mt.RUN_FILES} - {"evaluated.json"})
+    assert sorted(p.name for p in (tmp_path / "a b").iterdir()) == FILES_OF_A_TRAINING
 
 
 @slow
@@ -5888,8 +5887,7 @@ def test_old_locale_no_display_and_names_with_spaces(tmp_path):
     assert out.returncode == 0, out.stderr
     (folder,) = tmp_path.iterdir()
     assert os.fsencode(folder).endswith("Übung 1 θ".encode())
-    assert sorted(p.name for p in folder.iterdir()) == sorted(
-        {*mt.RUN_FILES} - {"evaluated.json"})
+    assert sorted(p.name for p in folder.iterdir()) == FILES_OF_A_TRAINING
 
 
 # Numbers that go wrong.
