@@ -1,0 +1,773 @@
+"""The exercises: maml_trpo.py with holes, and graders that say what was done instead.
+
+    python classroom/exercises.py list                     the exercises
+    python classroom/exercises.py make  ex5|all FILE       write a file to fill in
+    python classroom/exercises.py check ex5|all FILE|DIR   grade a file, or a class
+    python classroom/exercises.py bug   N FILE             write a file with one bug
+
+A grader calls the student's function on seeded random inputs and compares the result
+with an oracle: loops, closed forms, torch.distributions, dense matrices, differences in
+float64. It never takes the right answer from maml_trpo.py. Of a wrong answer it asks
+which known mistake (mistakes.py) gives the same one. The text to read is exercises.md.
+"""
+import ast
+import contextlib
+import copy
+import csv
+import functools
+import inspect
+import io
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal, kl_divergence
+
+import maml_trpo as mt
+import mistakes
+
+SOURCE = Path(mt.__file__).read_text(encoding="utf-8")
+
+# %% 1. What a grader can say
+
+class Wrong(Exception):
+    """What is wrong, in a sentence."""
+
+
+def tensors_in(value, path: str):
+    """Every tensor inside an argument: (where, tensor)."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from tensors_in(item, f"{path}[{i}]")
+    elif isinstance(value, (mt.Trajectories, mt.TaskData)):
+        for name, item in vars(value).items():
+            yield from tensors_in(item, f"{path}.{name}")
+
+
+def describe(error: BaseException, file: str) -> str:
+    """An exception in a sentence, with the last line of the file that it passed."""
+    text, line = (str(error).strip().splitlines() or [""])[0][:200], ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == file:
+            line = f" (line {frame.lineno}: {frame.line})"
+    return f"raises {type(error).__name__}: {text}{line}"
+
+
+NO_LEAF = (": backward() fills the .grad of leaves only, and a tensor that was "
+           "computed, as θ′ is after one step, is no leaf and has no .grad. Use "
+           "torch.autograd.grad(loss, θ), which returns the gradient of any tensor")
+
+
+def call(function, *args):
+    """function(*args); whatever goes wrong in it becomes a Wrong."""
+    name, code = function.__name__, inspect.unwrap(function).__code__
+    names = [*inspect.signature(function).parameters, *["argument"] * 9]
+    before = [(where, x, x.detach().clone()) for argument, value in zip(names, args)
+              for where, x in tensors_in(value, argument)]
+    try:
+        result = function(*args)
+    except BaseException as error:
+        if isinstance(error, NotImplementedError) and str(error).startswith("ex"):
+            raise NotImplementedError(f"{name} is not written yet") from None
+        hint = "NoneType" in str(error) and "backward" in code.co_names
+        raise Wrong(f"{name} {describe(error, code.co_filename)}"
+                    f"{NO_LEAF if hint else ''}") from None
+    for where, x, old in before:
+        if not torch.equal(x, old):
+            x.data.copy_(old)
+            raise Wrong(f"{name} changes its argument {where} in place: the caller "
+                        f"still needs the old one, so compute a new tensor")
+    return result
+
+
+def gradient_of(what: str, output, theta: Tensor) -> Tensor:
+    """∂output/∂θ of something the student's function returned."""
+    grad = torch.autograd.grad(output, theta, allow_unused=True, create_graph=True)[0] \
+        if output.requires_grad else None
+    if grad is None:
+        raise Wrong(f"{what}: the value is right, but no gradient can reach θ: is "
+                    f"there a detach, no_grad, item, numpy or copy on the way?")
+    return grad
+
+
+def close(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and a.shape == b.shape and bool(
+        (a - b).abs().max() <= 1e-6 * (1e-2 + b.abs().max()))
+
+
+def check_kind(what: str, got, right: Tensor) -> None:
+    """Wrong unless it is a tensor of finite numbers of the right dtype."""
+    if not isinstance(got, Tensor):
+        raise Wrong(f"{what} is None: is a `return` missing?" if got is None else
+                    f"{what} is a {type(got).__name__}, not a torch.Tensor")
+    if got.dtype != right.dtype:
+        raise Wrong(f"{what} has dtype {got.dtype}: {right.dtype} is right here")
+    if not torch.isfinite(got).all():
+        raise Wrong(f"{what} has NaN or infinity in it: {got.flatten()[:3].tolist()} …")
+
+
+def explain(what: str, got: Tensor, right: Tensor) -> None:
+    """Raise Wrong with what can be said of an answer that no known mistake gives."""
+    if got.shape != right.shape:
+        raise Wrong(f"{what} has shape {tuple(got.shape)}: {tuple(right.shape)} is "
+                    f"right")
+    if not got.any():
+        raise Wrong(f"{what} is 0 throughout")
+    factor = float((got * right).sum() / (right * right).sum())
+    if right.numel() > 2 and factor != 0 and close(got / factor, right):
+        raise Wrong(f"{what}: this equals the right answer " + (
+            "with the sign flipped" if factor == -1 else f"times {factor:.6g}"))
+    at = np.unravel_index(int((got - right).abs().argmax()), tuple(got.shape))
+    where = f", at index {[int(i) for i in at]}" if at else ""
+    raise Wrong(f"{what} is wrong: {float(got[at]):.6g} where {float(right[at]):.6g} "
+                f"is right{where}")
+
+
+def judge(check, functions: list[str], subject) -> None:
+    """Run a grader: a generator of (what, what the function gave, what is right)."""
+    for i, (what, got, right) in enumerate(check(subject)):
+        right = right.detach()
+        check_kind(what, got, right)
+        if not close(got, right):
+            for mistake in mistakes.MISTAKES:
+                if mistake.function in functions and close(
+                        first_wrong(mistake, check, i), got.detach()):
+                    raise Wrong(f"{what}: this equals the right answer {mistake.words}")
+            explain(what, got.detach(), right)
+
+
+def first_wrong(mistake, check, i: int) -> Tensor | None:
+    """The grader's i-th quantity with this mistake, if it is the first wrong one."""
+    try:
+        for j, (_, got, right) in enumerate(check(mistaken(mistake))):
+            if j == i or not close(got, right):
+                return got.detach() if j == i else None
+    except Exception:                            # it fails earlier, or in another way
+        return None
+
+
+@functools.cache
+def mistaken(mistake):
+    """The reference's function, or class, with this mistake."""
+    head, names = mistake.function.split(".")[0], dict(vars(mt))
+    text = ast.get_source_segment(SOURCE, mistakes.parts(SOURCE)[head])
+    exec("from __future__ import annotations\n" + mistake.applied_to(text), names)
+    return names[head]
+
+
+# %% 2. Inputs and oracles
+
+def normals(seed: int):
+    """A function of sizes → that many normal numbers, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def jacobian(function, theta: Tensor, step: float = 1e-4) -> Tensor:
+    """d function/dθ by central differences: (..., P)."""
+    return torch.stack([
+        (function(theta + e) - function(theta - e)).detach() / (2 * step)
+        for e in step * torch.eye(len(theta)).double()], dim=-1)
+
+
+@functools.cache
+class Case:
+    """A small tanh policy, θ_old, another θ, and a task's data with two inner steps."""
+
+    def __init__(self, seed: int):
+        self.shape = K, H, S, A = [(4, 5, 3, 2), (5, 7, 2, 3)][seed]
+        self.alpha, randn = 0.3, normals(seed)
+        self.policy = mt.GaussianPolicy(S, A, (4,), "tanh")
+        self.theta_old = 0.5 * randn(self.policy.num_params)
+        self.theta = self.theta_old + 0.2 * randn(len(self.theta_old))
+        self.u = randn(len(self.theta))
+        ends = torch.tensor([H, *range(2, K + 1)])           # all but the first: early
+        self.keep = torch.arange(H) < ends[:, None]
+        self.mask = self.keep.double()
+        self.first, self.second, self.outer = (self.episodes(randn) for _ in range(3))
+        self.inner = [self.first, self.second]
+        old = self.policy.distribution(self.adapted(self.theta_old), self.outer.obs)
+        self.data = mt.TaskData(self.inner, self.outer, old)
+
+    def episodes(self, randn) -> mt.Trajectories:
+        (K, H, S, A), mask = self.shape, self.mask[..., None]
+        obs, act, rew, adv = (randn(K, H, n) * mask for n in (S, A, 1, 1))
+        return mt.Trajectories(obs, act, rew[..., 0], self.mask, adv[..., 0])
+
+    def pi(self, theta: Tensor, obs: Tensor) -> Independent:
+        """π_θ as torch's own distribution."""
+        ours = self.policy.distribution(theta, obs)
+        return Independent(Normal(ours.mean, ours.log_std.exp()), 1)
+
+    def loss(self, theta: Tensor, data, ratio_to: Tensor | None = None) -> Tensor:
+        """The inner loss; with `ratio_to` = θ₀, π_θ/π_θ₀ in place of log π."""
+        score = self.pi(theta, data.obs).log_prob(data.act)
+        if ratio_to is not None:
+            score = (score - self.pi(ratio_to, data.obs).log_prob(data.act)).exp()
+        return -(score * data.adv)[self.keep].mean()
+
+    def gradient(self, theta: Tensor, data, ratio_to: Tensor | None = None) -> Tensor:
+        theta = theta.detach().clone().requires_grad_()
+        return torch.autograd.grad(self.loss(theta, data, ratio_to), theta)[0]
+
+    def adapted(self, theta: Tensor) -> Tensor:
+        """θ′, without a graph."""
+        for data in self.inner:
+            theta = theta.detach() - self.alpha * self.gradient(theta, data)
+        return theta
+
+    def fisher(self, at: Tensor) -> Tensor:
+        """F = GᵀMG, from the derivatives of the means and of σ, number by number."""
+        def outputs(theta):                      # (steps, 2A)
+            pi = self.pi(theta, self.outer.obs)
+            return torch.cat([pi.mean, pi.stddev], -1)[self.keep]
+        G, std = jacobian(outputs, at), outputs(at)[0, self.shape[-1]:]
+        M = torch.cat([std**-2, 2 * std**-2])
+        return torch.einsum("nap,a,naq->pq", G, M, G) / len(G)
+
+
+@functools.cache
+def dense(seed: int) -> SimpleNamespace:
+    """What takes long: J, its like for the ratio loss, and the Fisher matrix at θ′."""
+    c = Case(seed)
+    between = c.theta_old - c.alpha * c.gradient(c.theta_old, c.first)
+
+    def factor(theta: Tensor, data, ratio_to: Tensor | None = None) -> Tensor:
+        hessian = jacobian(lambda t: c.gradient(t, data, ratio_to), theta)
+        return torch.eye(len(theta)).double() - c.alpha * hessian          # I − α∇²L
+    return SimpleNamespace(
+        J=factor(between, c.second) @ factor(c.theta_old, c.first),
+        J_ratio=factor(between, c.second, between)
+        @ factor(c.theta_old, c.first, c.theta_old), F=c.fisher(c.adapted(c.theta_old)))
+
+
+# %% 3. The graders, one for each function: (what, what it gave, what is right)
+
+def check_returns(discounted_returns):
+    for seed, gamma in enumerate((0.8, 0.6)):
+        rew = Case(seed).outer.rew
+        t = torch.arange(rew.shape[1]).double()
+        ahead = t[None, :] - t[:, None]          # row t, column t′: t′ − t
+        right = rew @ ((ahead >= 0) * gamma**ahead).T
+        yield "discounted_returns", call(discounted_returns, rew, gamma), right
+
+
+def check_gae(gae):
+    for seed, gamma, lam in ((0, 0.9, 0.7), (1, 0.8, 0.6)):
+        c = Case(seed)
+        rew, mask, values = c.outer.rew, c.mask, normals(7)(*c.mask.shape)
+        right = torch.zeros_like(rew)
+        for k, n in enumerate(mask.sum(1).int().tolist()):
+            v = [*values[k, :n].tolist(), 0.0]
+            delta = [float(rew[k, t]) + gamma * v[t + 1] - v[t] for t in range(n)]
+            for t in range(n):
+                right[k, t] = sum((gamma * lam)**i * x for i, x in enumerate(delta[t:]))
+        yield "gae", call(gae, rew, values, mask, gamma, lam), right
+
+
+def check_log_prob(gaussian_class):
+    for c in map(Case, range(2)):
+        pi, act = c.policy.distribution(c.theta, c.outer.obs), c.outer.act
+        mean, log_std = (x.clone().requires_grad_() for x in (pi.mean, pi.log_std))
+        got = call(gaussian_class(mean, log_std).log_prob, act)
+        log_prob = Normal(mean, log_std.exp()).log_prob(act).sum(-1)
+        yield "log_prob", got, log_prob
+        for x, name in ((mean, "μ"), (log_std, "log σ")):
+            yield (f"log_prob: the value is right; its gradient by {name}",
+                   gradient_of("log_prob", got.sum(), x),
+                   torch.autograd.grad(log_prob.sum(), x, retain_graph=True)[0])
+
+
+def check_kl(_kl_gaussian):
+    for c in map(Case, range(2)):
+        theta = c.theta.clone().requires_grad_()
+        old, new = (c.policy.distribution(t, c.outer.obs) for t in (c.theta_old, theta))
+        right = kl_divergence(*(Normal(p.mean, p.stddev) for p in (old, new))).sum(-1)
+        got = call(_kl_gaussian, old, new)
+        yield "_kl_gaussian", got, right
+        yield ("_kl_gaussian: the value is right; its gradient by the new θ",
+               gradient_of("_kl_gaussian", got.sum(), theta),
+               torch.autograd.grad(right.sum(), theta)[0])
+
+
+def check_inner_loss(inner_loss, *estimator):
+    for c in map(Case, range(2)):
+        theta = c.theta.clone().requires_grad_()
+        what = f"inner_loss{estimator or ''}".replace(",", "")
+        right = c.loss(theta, c.first, c.theta if estimator else None)
+        got = call(inner_loss, c.policy, theta, c.first, *estimator)
+        yield what, got, right
+        grad = gradient_of(what, got, theta)
+        slope = torch.autograd.grad(right, theta, create_graph=True)[0]
+        yield f"{what}: the value is right; its gradient by θ", grad, slope
+        hvp = gradient_of(what, grad @ c.u, theta) if grad.requires_grad else 0 * c.u
+        yield (f"{what}: value and gradient are right; its Hessian times v", hvp,
+               torch.autograd.grad(slope @ c.u, theta)[0])
+
+
+def check_adapt(adapt):
+    for seed in range(2):
+        c, d = Case(seed), dense(seed)
+        right, one = c.adapted(c.theta_old), torch.eye(len(c.u)).double()
+        for second, estimator, J in (
+                (True, "log-prob", d.J), (True, "ratio", d.J_ratio),
+                (False, "log-prob", one)):
+            what = f"adapt (create_graph={second}, estimator={estimator!r})"
+            theta = c.theta_old.clone().requires_grad_()
+            got = call(adapt, c.policy, theta, c.inner, c.alpha, second, estimator)
+            yield what, got, right
+            yield (f"{what}: θ′ is right; its derivative Jᵀu",
+                   gradient_of(what, got @ c.u, theta), c.u @ J)
+        got = call(adapt, c.policy, c.theta_old, c.inner, c.alpha, False)
+        yield "adapt (θ does not require grad)", got, right
+        if got.requires_grad:
+            raise Wrong("adapt (θ does not require grad): θ′ is right, but it still "
+                        "has a graph; of a θ without one it must be plain numbers")
+
+
+def check_surrogate(surrogate_and_kl):
+    for seed in range(2):
+        c, d = Case(seed), dense(seed)
+        there = c.adapted(c.theta)               # `old` is not the policy of θ_old
+        old = c.pi(there, c.outer.obs)
+        data = mt.TaskData(c.inner, c.outer, c.policy.distribution(there, c.outer.obs))
+
+        def values(phi):                         # surrogate and KL of the policy π_φ
+            new = c.pi(phi, c.outer.obs)
+            ratio = (new.log_prob(c.outer.act) - old.log_prob(c.outer.act)).exp()
+            kl = kl_divergence(old.base_dist, new.base_dist).sum(-1)
+            surrogate = -(ratio * c.outer.adv)[c.keep].mean()
+            return torch.stack([surrogate, kl[c.keep].mean()])
+        theta_prime, one = c.adapted(c.theta_old), torch.eye(len(c.u)).double()
+        right, slope = values(theta_prime), jacobian(values, theta_prime)
+        for first_order, estimator, J in (
+                (False, "log-prob", d.J), (True, "log-prob", one),
+                (False, "ratio", d.J_ratio), (False, "log-prob", None)):
+            theta = c.theta_old.clone().requires_grad_(J is not None)
+            got = tuple(call(surrogate_and_kl, c.policy, theta, data, c.alpha,
+                             first_order, estimator))
+            for i, name in enumerate(("surrogate", "KL")):
+                what = (f"surrogate_and_kl (first_order={first_order}, "
+                        f"estimator={estimator!r}): the {name}")
+                yield what, got[i], right[i]
+                if J is not None:
+                    yield (f"{what} is right; its gradient by θ",
+                           gradient_of(what, got[i], theta), slope[i] @ J)
+
+
+def check_hvp(hessian_vector_product):
+    for seed, P, step in ((0, 5, 0.02), (1, 8, 0.05)):
+        randn, seen = normals(seed), []
+        root, theta, v = randn(P, P), randn(P), 7 * randn(P)
+        matrix, at, eps = root + root.T, theta.clone(), step / v.norm()
+
+        def grad_k(t):                           # 0 at θ; its derivative there: matrix
+            return matrix @ (t - at) + (t - at)**2 + (t - at)**3
+
+        def grad_fn(t):
+            seen.append(theta.clone())
+            return grad_k(t.clone())
+        got = call(hessian_vector_product, grad_fn, theta, v, step)
+        what = "hessian_vector_product"
+        if not all(torch.equal(x, at) for x in seen):
+            raise Wrong(f"{what} changes its argument theta in place, if only until it "
+                        f"returns: compute a new tensor, grad_fn may look at θ, too")
+        yield what, got, grad_k(at + eps * v) / eps
+        if len(seen) > 1:
+            raise Wrong(f"{what}: the value is right, but it calls grad_fn {len(seen)} "
+                        f"times, where 1 will do: ∇k(θ) is known to be 0")
+
+
+def check_gauss_newton(gauss_newton_product):
+    for seed in range(2):
+        c, d = Case(seed), dense(seed)
+        kept = mt.keep_graphs(c.policy, c.theta_old, c.data, c.alpha)
+        for name, *graphs in (("",), (" (given its graphs)", kept),
+                              (" (given its graphs again)", kept)):
+            got = call(gauss_newton_product, c.policy, c.theta_old, c.data, c.u,
+                       c.alpha, *graphs)
+            yield f"gauss_newton_product{name}", got, d.J.T @ d.F @ d.J @ c.u
+
+
+def check_double_backprop(double_backprop_product):
+    for seed, P in ((0, 5), (1, 8)):
+        a, theta, v = normals(seed)(3, P)
+
+        def k(t):
+            return (a @ t)**3 / 6 + (t**4).sum() / 4 + a @ t
+        hessian = (a @ theta) * torch.outer(a, a) + torch.diag(3 * theta**2)
+        got = call(double_backprop_product, k, theta, v)
+        yield "double_backprop_product", got, hessian @ v
+
+
+def check_conjugate_gradient(conjugate_gradient):
+    for seed, P in enumerate((5, 8)):
+        randn, calls = normals(seed), []
+        root, b = randn(P, P) / P**0.5, randn(P)
+        H = root @ root.T + torch.eye(P).double()
+
+        def product(p):
+            calls.append(p)
+            return H @ p
+
+        def krylov(n):                           # the best x within b, Hb, …, Hⁿ⁻¹b
+            powers = [torch.linalg.matrix_power(H, i) @ b for i in range(n)]
+            Q = torch.linalg.qr(torch.stack(powers, dim=1))[0]
+            return Q @ torch.linalg.solve(Q.T @ H @ Q, Q.T @ b)
+        for n in (1, 3, P):
+            what = f"conjugate_gradient ({n} iteration{'s' * (n > 1)})"
+            calls.clear()
+            x, r = call(conjugate_gradient, product, b, n, 0.0)
+            yield f"{what}: x", x, krylov(n)
+            yield f"{what}: r", r, b - H @ krylov(n)
+            if len(calls) > n:
+                raise Wrong(f"{what}: x is right, but it makes {len(calls)} products "
+                            f"H·p, where one an iteration will do")
+        rr = [float((b - H @ krylov(n)).square().sum()) for n in (1, 2)]
+        tiny = (1e-6 / (rr[0] * rr[1])**0.5)**0.5    # ‖r‖ and r·r then lie far apart
+        ones, bent = torch.ones(P).double(), torch.ones(P).double()
+        ones[1], bent[1] = 1.2, -1.0                 # pᵀHp > 0 at first, then not
+        for why, hvp, b_, tolerance, right in (
+                ("r·r < tolerance", product, b * tiny, 1e-6, krylov(2) * tiny),
+                ("b = 0", product, 0 * b, 1e-10, 0 * b),
+                ("pᵀHp not positive", lambda p: bent * p, ones, 0.0,
+                 ones * (ones @ ones) / (ones @ (bent * ones))),
+                ("H·p = NaN", lambda p: p * np.nan, b, 0.0, 0 * b)):
+            x, _ = call(conjugate_gradient, hvp, b_, P, tolerance)
+            yield f"conjugate_gradient, stopped by {why}: x", x, right
+
+
+def check_scale(scale):
+    for xHx, d in ((0.3, 0.01), (7.0, 0.05)):
+        right = torch.tensor((2 * d / xHx)**0.5)
+        yield "step_scale", torch.tensor(float(call(scale, xHx, d))), right
+
+
+SEARCHES = (     # what is tested; surrogate (before: −1), KL (δ: 0.01) of trials 0 to 4
+    ("the full step is good", [-3, -2, -2, -2, -2], [.001] * 5, 0),
+    ("the KL is too large at first", [-5, -4, -3, -2, 0], [.1, .05, .02, .005, 0], 3),
+    ("the KL is a bit above δ", [-5, -4, -3, -2, 0], [.014, .0101, .009, .008, 0], 2),
+    ("the KL is δ itself", [-3, -2, -2, -2, -2], [.01, .009, .008, .007, .006], 0),
+    ("the surrogate does not fall at first", [9, -1, -2, -3, -4], [.001] * 5, 2),
+    ("no trial has both", [-5, -4, -3, 2, 3], [.09, .08, .07, .001, .001], None),
+    ("the surrogate is NaN at first", [np.nan, np.nan, -2, -2, -2], [.001] * 5, 2),
+    ("the KL is NaN at first", [-3, -3, -2, -2, -2], [np.nan, *[.001] * 4], 1))
+
+
+def check_line_search(search):
+    randn, ratio, n, before, max_kl = normals(0), 0.6, 5, -1.0, 0.01
+    theta, step = randn(7), randn(7)
+    points = [theta + ratio**j * step for j in range(n)]
+    for why, loss, kl, right in SEARCHES:
+        what, tried = f"backtrack_line_search, where {why}", []
+
+        def evaluate(t):
+            tried.append(t)
+            return next(((loss[j], kl[j]) for j in range(n) if torch.allclose(
+                t, points[j])), (5.0, 1.0))
+        got = call(search, evaluate, theta, step, before, max_kl, ratio, n)
+        yield f"{what}: the first θ it tries", (tried or [None])[0], points[0]
+        yield f"{what}: θ", got[0], theta if right is None else points[right]
+        good = (before, 0, 0) if right is None else (loss[right], kl[right], right + 1)
+        yield (f"{what}: surrogate, KL, trials",
+               *(torch.tensor([float(x) for x in row]) for row in (got[1:], good)))
+        if len(tried) > (n if right is None else right + 1):
+            raise Wrong(f"{what}: θ is right, but it calls evaluate {len(tried)} times")
+
+
+def phi(obs: Tensor) -> Tensor:
+    """The baseline's features, number by number: (K, H, 2S+4)."""
+    rows = [[*x, *(a * a for a in x), t / 100, (t / 100)**2, (t / 100)**3, 1.0]
+            for episode in obs.double().clip(-10, 10).tolist()
+            for t, x in enumerate(episode)]
+    return torch.tensor(rows).double().reshape(*obs.shape[:2], -1)
+
+
+def check_baseline(baseline_class):
+    for seed in range(2):
+        data, baseline = copy.deepcopy(Case(seed).outer), baseline_class()
+        data.obs[0, 0, 0], data.obs[0, 1, 1] = 25.0, -31.0   # beyond the clip
+        keep, x = data.mask.bool(), phi(data.obs)
+        y = (normals(7)(*data.rew.shape) + 3) * data.mask
+        obs = data.obs.float()
+        yield "features", call(baseline.features, obs), phi(obs)
+        got = call(baseline.fit, data.obs, y, data.mask)
+        if got is not baseline:
+            raise Wrong("fit must return self: fit(…).predict(…) is how it is called")
+        rows = torch.cat([x[keep], 1e-5**0.5 * torch.eye(x.shape[-1])])  # ridge as data
+        weights = torch.linalg.lstsq(rows, torch.cat([y[keep], 0 * x[0, 0]])[:, None])
+        yield "fit: the weights", baseline.weights, weights.solution[:, 0]
+        baseline.weights = normals(7)(x.shape[-1])
+        for obs in (data.obs, data.obs.float()):
+            right = (phi(obs) * baseline.weights).sum(-1).to(obs.dtype)
+            yield "predict", call(baseline.predict, obs), right
+
+
+# %% 4. The list: the title, and the grader of each function (or of some of a class)
+
+EXERCISES = {
+    "ex1": ("returns and advantages", {
+        check_returns: ["discounted_returns"], check_gae: ["gae"]}),
+    "ex2": ("log-probability and KL", {
+        check_log_prob: ["DiagonalGaussian.log_prob"], check_kl: ["_kl_gaussian"]}),
+    "ex3": ("the inner step with its graph", {
+        check_inner_loss: ["inner_loss"], check_adapt: ["adapt"]}),
+    "ex4": ("the surrogate and the meta-gradient", {
+        check_surrogate: ["surrogate_and_kl"]}),
+    "ex5": ("H·v by finite differences", {check_hvp: ["hessian_vector_product"]}),
+    "ex6": ("H·v exactly, in two ways", {
+        check_double_backprop: ["double_backprop_product"],
+        check_gauss_newton: ["gauss_newton_product"]}),
+    "ex7": ("conjugate gradient", {check_conjugate_gradient: ["conjugate_gradient"]}),
+    "ex8": ("the step's scale and the line search", {
+        check_scale: ["step_scale"], check_line_search: ["backtrack_line_search"]}),
+    "ex9": ("the linear baseline", {check_baseline: [
+        "LinearBaseline.features", "LinearBaseline.fit", "LinearBaseline.predict"]}),
+    "ex10": ("the ratio inner loss (LVC)", {
+        lambda inner_loss: check_inner_loss(inner_loss, "ratio"): ["inner_loss"]}),
+}
+ALL = (*EXERCISES, "whole")
+
+
+def functions_of(exercise: str) -> list[str]:
+    return sum(EXERCISES[exercise][1].values(), [])
+
+
+# %% 5. Grading a file in this process
+
+def load(path) -> ModuleType:
+    """The student's file as a module; Wrong if it cannot be imported."""
+    module = ModuleType("student")
+    sys.modules["student"] = module              # dataclasses look there
+    try:
+        exec(compile(Path(path).read_bytes(), str(path), "exec"), vars(module))
+    except BaseException as error:
+        raise Wrong(f"the file cannot be imported: it {describe(error, str(path))}"
+                    ) from None
+    return module
+
+
+def grade_function(path, functions: list[str], check) -> tuple[str, str]:
+    """A function, or the methods of a class; all that they call is the reference's."""
+    name, head = functions[0].split(".")[-1], functions[0].split(".")[0]
+    try:
+        student = vars(load(path))
+        if head not in student:
+            raise Wrong(f"there is no {head} in the file")
+        student |= {key: value for key, value in vars(mt).items() if key != head
+                    and getattr(value, "__module__", "") == mt.__name__}
+        judge(check, functions, student[head])
+        return "pass", f"{name} is right"
+    except NotImplementedError as error:
+        return "not written", str(error)
+    except Wrong as error:
+        return "FAIL", str(error)
+    except Exception as error:                   # the grader's own arithmetic
+        return "FAIL", (f"{name} returns what cannot be used ({type(error).__name__}: "
+                        f"{str(error)[:100]})")
+
+
+def grade(path, exercise: str) -> tuple[str, str]:
+    """("pass", "FAIL" or "not written", what there is to say), in this process."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        verdicts = [whole(path)] if exercise == "whole" else [
+            grade_function(path, functions, check)
+            for check, functions in EXERCISES[exercise][1].items()]
+    status = min(verdict for verdict, _ in verdicts)         # FAIL < not written < pass
+    say = [text for _, text in sorted(verdicts) if status != "pass"]
+    if printed.getvalue():
+        say.append(f"note: it prints {printed.getvalue()[:40]!r}")
+    return status, "\n".join(say)
+
+
+def whole_numbers(m) -> list[Tensor]:
+    """What module `m` computes in a short training and an evaluation."""
+    config = m.Config(iterations=2, meta_batch_size=2, rollouts=6, horizon=9, alpha=0.5,
+                      inner_steps=2, gamma=0.9, lam=0.8, hidden=(5,), workers=1,
+                      activation="tanh", init_std=0.4, eval_tasks=2, eval_episodes=3)
+    theta, rows = m.train_maml(config)
+    log = [[x for name, x in row.items() if "seconds" not in name] for row in rows]
+    return [theta, torch.from_numpy(m.evaluate(config, theta)), torch.tensor(log)]
+
+
+def whole(path) -> tuple[str, str]:
+    """Does the whole file train as the reference does? No exercise shows that."""
+    try:
+        got = whole_numbers(load(path))
+    except NotImplementedError:
+        return "not written", ""
+    except BaseException as error:
+        return "FAIL", str(error) if isinstance(error, Wrong) else (
+            f"a short training {describe(error, str(path))}")
+    same = all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+               for a, b in zip(got, whole_numbers(mt)))
+    return ("pass", "") if same else (
+        "FAIL", "a short training gives other numbers than with the reference")
+
+
+# %% 6. Grading a file in another process, with a time limit
+
+SECONDS = 10.0                         # for an exercise; most take less than one
+
+
+def grade_here(path: str, name: str, answer) -> None:
+    """What the grading process does. What the file prints goes nowhere."""
+    if hasattr(os, "setsid"):
+        os.setsid()                    # then it can be ended with all it has started
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    answer.send(grade(path, name))
+    os._exit(0)                                  # whatever threads were left running
+
+
+def grade_file(path, names, seconds=SECONDS) -> dict[str, tuple[str, str]]:
+    """Exercise → (status, what there is to say), whatever the file does."""
+    processes = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    results = {}
+    for name in names:
+        answer, theirs = processes.Pipe(duplex=False)
+        child = processes.Process(target=grade_here, args=(str(path), name, theirs))
+        child.start()
+        theirs.close()
+        try:
+            results[name] = answer.recv() if answer.poll(seconds) else (
+                "FAIL", f"{name} took longer than {seconds:g} seconds")
+        except EOFError:
+            results[name] = "FAIL", f"{name} ended the whole process"
+        with contextlib.suppress(AttributeError, OSError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.kill()
+        child.join()
+    return results
+
+
+# %% 7. The command line
+
+USAGE = __doc__.split("\n\n")[1]
+MARK = "# One bug is hidden in this file, number "
+
+
+def stub(names) -> str:
+    """maml_trpo.py without the bodies of these exercises' functions."""
+    lines, nodes = SOURCE.splitlines(keepends=True), mistakes.parts(SOURCE)
+    wanted = {function for ex in names for function in functions_of(ex)}
+    for function in sorted(wanted, key=lambda f: -nodes[f].lineno):     # the last first
+        doc, first = nodes[function].body[:2]
+        asked = [ex for ex in names if function in functions_of(ex)]
+        lines[doc.end_lineno:nodes[function].end_lineno] = [
+            f'{" " * first.col_offset}raise NotImplementedError('
+            f'"{" and ".join(asked)}: write {function}")\n']
+    return "".join(lines)
+
+
+def write(path, text: str) -> None:
+    try:
+        with open(path, "x", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as error:
+        raise Wrong(f"{path}: {error.strerror}: choose another name") from None
+
+
+def bug(number: int, path: str) -> int:
+    """Write a copy with a planted bug, one that `check all` can see."""
+    hidden = random.Random(0).sample(mistakes.MISTAKES, len(mistakes.MISTAKES))
+    for turn in range(len(hidden)):
+        text = hidden[(number + turn) % len(hidden)].applied_to(SOURCE)
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder) / "bug.py", text)
+            results = grade_file(Path(folder) / "bug.py", ALL)
+        if any(status != "pass" for status, _ in results.values()):
+            write(path, f"{text}\n{MARK}{number}\n")
+            print(f"Written to {path}. Find the bug, mend it, then: python "
+                  f"classroom/exercises.py check all {path}")
+            return 0
+    raise Wrong("the graders see none of the bugs there are")
+
+
+def check_file(path: Path, names) -> int:
+    """Grade one file and print what there is to say: → exit status."""
+    results = grade_file(path, names)
+    passed = sum(status == "pass" for status, _ in results.values())
+    if names == ALL and MARK in path.read_text(encoding="utf-8", errors="replace"):
+        print("The bug is mended." if passed == len(names) else
+              "The bug is not mended yet. (`check ex1` and so on tell more.)")
+        results = {}
+    for name, (status, message) in results.items():
+        title, _ = EXERCISES.get(name, ("the whole at work", {}))
+        print(f"{name:6} {title:38} {status}")
+        if status != "not written" or names != ALL or "\n" in message:
+            print("".join(f"       {line}\n" for line in message.splitlines()), end="")
+    print(f"{passed} of {len(names)} passed")
+    return int(passed < len(names))
+
+
+def check_folder(folder: Path, names) -> int:
+    """Grade every *.py in a folder; prints a table of CSV: → exit status."""
+    table, all_good = csv.writer(sys.stdout), True
+    table.writerow(["file", "passed", *names, "messages"])
+    for path in sorted(folder.rglob("*.py")):
+        results = grade_file(path, names)
+        statuses = [status for status, _ in results.values()]
+        all_good &= statuses.count("pass") == len(names)
+        messages = [f"{name}: {message}" for name, (status, message) in results.items()
+                    if status == "FAIL"]
+        table.writerow([path.relative_to(folder), statuses.count("pass"), *statuses,
+                        " | ".join(messages).replace("\n", "; ")])
+        sys.stdout.flush()
+    return int(not all_good)
+
+
+def command(argv: list[str]) -> int:
+    match argv:
+        case ["list"]:
+            for name, (title, _) in EXERCISES.items():
+                print(f"{name:5} {title:37} {', '.join(functions_of(name))}")
+            return 0
+        case ["make" | "check", which, _] if which not in (*EXERCISES, "all"):
+            raise Wrong(f"there is no exercise {which!r}: choose from "
+                        f"{', '.join(EXERCISES)}, all")
+        case ["make", which, path]:
+            write(path, stub(EXERCISES if which == "all" else [which]))
+            print(f"Then: python classroom/exercises.py check {which} {path}")
+            return 0
+        case ["check", _, path] if not Path(path).exists():
+            raise Wrong(f"there is no file {path}")
+        case ["check", which, path]:
+            check = check_folder if Path(path).is_dir() else check_file
+            return check(Path(path), ALL if which == "all" else (which,))
+        case ["bug", _, path] if Path(path).exists():
+            raise Wrong(f"{path} is there already and is left as it is")
+        case ["bug", number, path] if number.isdecimal():
+            return bug(int(number), path)
+    what = f"{' '.join(argv)!r} cannot be understood" if argv else "what is to be done?"
+    raise Wrong(f"{what}; there are\n{USAGE}")
+
+
+def main(argv: list[str]) -> int:
+    """list | make | check | bug → 0 passed or done, 1 failed, 2 bad usage."""
+    for stream in (sys.stdout, sys.stderr):      # a terminal that cannot show θ gets ?
+        getattr(stream, "reconfigure", dict)(errors="replace")
+    try:
+        return command(list(argv))
+    except Wrong as error:
+        print(f"exercises.py: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
