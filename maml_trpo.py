@@ -1297,7 +1297,7 @@ TASKS: dict[str, TaskFamily] = {family.name: family for family in (
 
 
 POINT2D = dict(
-    iterations=(100, "authors' code; paper up to 500"),
+    iterations=(60, "ours; authors' code 100, paper up to 500"),
     meta_batch_size=(20, "paper"), rollouts=(20, "paper"), horizon=(100, "paper"),
     alpha=(0.1, "paper; its figure's run 0.5"), eval_episodes=(40, "paper"),
     gamma=(0.99, "authors' code"), lam=(0.9, "ours; authors' code 1"),

@@ -196,7 +196,7 @@ ANT_DEFAULTS = WALKER_DEFAULTS | dict(
     hvp="gauss-newton")
 ALL_TASKS = {
     "point2d": dict(
-        iterations=100, meta_batch_size=20, rollouts=20, horizon=100, alpha=0.1,
+        iterations=60, meta_batch_size=20, rollouts=20, horizon=100, alpha=0.1,
         eval_alpha=0.1, eval_episodes=40, gamma=0.99, lam=0.9, init_std=1.0,
         max_kl=0.05, cg_iterations=5, hvp="finite-difference"),
     "cheetah-vel": WALKER_DEFAULTS | dict(iterations=100),

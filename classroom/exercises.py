@@ -410,8 +410,8 @@ def check_double_backprop(double_backprop_product):
         def k(t):
             return (a @ t)**3 / 6 + (t**4).sum() / 4 + a @ t
         hessian = (a @ theta) * torch.outer(a, a) + torch.diag(3 * theta**2)
-        got = call(double_backprop_product, k, theta, v)
-        yield "double_backprop_product", got, hessian @ v
+        yield ("double_backprop_product", call(double_backprop_product, k, theta, v),
+               hessian @ v)
 
 
 def check_conjugate_gradient(conjugate_gradient):

@@ -50,7 +50,6 @@ DiagonalGaussian.log_prob
         (0.5 * self.log_std + :: with exp(log_std) taken for the variance
 _kl_gaussian
     log_ratio = new => old, new = new, old\n    log_ratio = new :: with the KL swapped
-    .5).sum() => .5).mean() && z).sum( => z).mean( :: with the mean over A, not the sum
     log_ratio + => 0 * log_ratio + && - 0.5 => - 0.5 * torch.exp(-2 * log_ratio) ::
         without the part of the two σ
     / new.log_std => / old.log_std :: with σ_o under the distance of the means
@@ -69,7 +68,6 @@ masked_mean
     (x * mask).sum() / mask.sum() => (x * mask).mean() :: the mean over all steps
 discounted_returns
     gamma * out => out :: without the discount
-    torch.from_numpy(out) => gamma * torch.from_numpy(out) :: with a power of γ too many
     from_numpy(out) => from_numpy(out) * gamma ** torch.arange(rew.shape[1]) ::
         with the discount counted from the episode's start, not from t
     reversed(range(rew.shape[1] - 1)) => range(1, rew.shape[1]) && t + 1] => t - 1] ::
@@ -99,12 +97,8 @@ inner_loss
     trajectories.mask) => trajectories.mask * 0 + 1) :: with the mask forgotten
     return - => return  :: with the sign flipped: a loss falls where the return rises
     trajectories.adv => trajectories.rew :: with rewards, where advantages belong
-    -masked_mean( => -trajectories.mask.sum(1).mean() * masked_mean( ::
-        with the sum over an episode's steps, then the mean over episodes
     estimator == "ratio" => False :: for log π: the estimator is not looked at
-    log_prob.detach()) => log_prob) :: for π/π with nothing detached: always 1
     (log_prob - log_prob.detach()) => log_prob :: with π in place of π/stop_grad(π)
-    prob - log_prob.detach() => prob.detach() - log_prob :: with the numerator detached
     log_prob.detach()).exp => log_prob.detach()).cumsum(1).exp ::
         with the ratio of all steps so far (DiCE), not each step's own
     (log_prob - log_prob.detach()).exp() => 1 + log_prob - log_prob.detach() ::
@@ -157,7 +151,6 @@ gauss_newton_product
     reversed(steps) => [] :: with Jᵀ left out: this is F(J·v)
     reversed(steps) => steps :: with J for Jᵀ, where the steps come in reverse order
     u - alpha => u + alpha :: with J = I + α∇²L
-    m * x for m => x for m :: with M left out of F = GᵀMG
 keep_graphs
     mask / mask.sum() => 1 / mask.numel() :: F forgets the mask
 kl_hessian_product
@@ -173,7 +166,6 @@ conjugate_gradient
 step_scale
     math.sqrt(2 * max_kl / xHx) => 2 * max_kl / xHx :: with the square root missing
     2 * max_kl => max_kl :: with the 2 missing
-    2 * max_kl / xHx => xHx / (2 * max_kl) :: upside down
 backtrack_line_search
     and kl <= max_kl =>  :: without the check of the KL
     surrogate < surrogate_before and =>  :: without the check of the surrogate
@@ -182,7 +174,6 @@ backtrack_line_search
     return theta, => return candidate, :: with θ not restored: this is the last trial
     theta + ratio => theta - ratio :: with the step's sign flipped: it points downhill
     ratio**trial => ratio**(trial + 1) :: with the full step left out: j starts at 0
-    trial + 1 => trial :: counted from 0: the full step is trial 1
     if surrogate < => if not surrogate >= && kl <= max_kl => not kl > max_kl ::
         with a NaN accepted
 sample_task_data
@@ -209,7 +200,6 @@ TASKS
 adaptation
     alpha if step == 0 else alpha / 2 => alpha :: α for every step
     config.eval_alpha => config.alpha :: evaluation with α of training
-    m, step) => m, 0) :: every step repeats its random numbers
     yield phi, data => seen = seen if step else data\n        yield phi, seen ::
         the returns are of the episodes before adaptation
 EVALUATION
@@ -306,15 +296,26 @@ MISTAKES = read(LIST)
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """This file is a plugin of the tests: those that name the function go first."""
-    name = os.environ.get("MISTAKE", "").split(".")[0]
-    items.sort(key=lambda item: name not in inspect.getsource(item.function))
+    """This file is a plugin of the tests: those that are likely to fail go first.
+
+    They name the function, or stand in the section that has the number of its section.
+    """
+    function = os.environ["MISTAKE"]
+    name = re.compile(rf"\b{function.split('.')[0]}\b")
+
+    def section(file: Path, line: int) -> list[str]:
+        above = "\n".join(file.read_text("utf-8").split("\n")[:line])
+        return re.findall(r"^# %% \D*(\d+)", above, re.MULTILINE)[-1:]
+    program = Path("maml_trpo.py")
+    here = section(program, parts(program.read_text("utf-8"))[function].lineno)
+    items.sort(key=lambda item: (not name.search(inspect.getsource(item.function))) + (
+        section(item.path, item.function.__code__.co_firstlineno) != here))
 
 
 def first_failure(folder: Path, function: str, seconds: float) -> str:
     """Run the tests of a copy until one fails: its name, or "" if all pass."""
-    tests = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not text",
-             "-p", "mistakes", "-p", "no:cacheprovider", "-W", "ignore"]
+    tests = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not text", "-p",
+             "no:cacheprovider", "-W", "ignore", *["-p", "mistakes"] * bool(function)]
     try:
         out = subprocess.run(
             tests + [file.name for file in folder.glob("test_*.py")], cwd=folder,
