@@ -702,6 +702,16 @@ def test_conjugate_gradient_is_best_in_the_krylov_space():
         assert len(calls) == n
 
 
+def test_conjugate_gradient_ends_when_the_squared_residual_is_small():
+    H = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+    b = torch.full((3,), 0.1, dtype=torch.float64)
+    r = b - H @ b * (b @ b) / (b @ H @ b)               # after one iteration, by hand
+    for tolerance, products in ((1.01 * float(r @ r), 1), (0.99 * float(r @ r), 2)):
+        asked = []
+        mt.conjugate_gradient(lambda v: asked.append(v) or H @ v, b, 2, tolerance)
+        assert len(asked) == products
+
+
 def test_conjugate_gradient_stops_at_curvature_that_is_not_positive():
     H = torch.diag(torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64))
     b = torch.tensor([0.1, 5.0, 0.1], dtype=torch.float64)
@@ -2131,6 +2141,291 @@ def test_any_environment_trains_is_refused_or_raises_its_own_error():
             assert torch.isfinite(theta).all()
     check()
     assert len(seen) >= 10
+
+
+# %% Changes that all the tests above had let pass
+
+
+def test_point2d_declares_the_actions_that_it_takes():
+    envs = mt.Point2D(3)
+    assert envs.single_action_space == gym.spaces.Box(-1, 1, (2,), np.float32)
+    assert envs.action_space.shape == envs.observation_space.shape == (3, 2)
+
+
+def test_training_goals_fill_the_square_and_not_its_diagonal():
+    goals = mt.sample_goals(np.random.default_rng(0), 2000)
+    assert abs(np.corrcoef(goals.T)[0, 1]) < 0.1
+
+
+def test_sample_trajectories_by_default_takes_the_familys_horizon():
+    """And γ 0.99, λ 1."""
+    family, (policy, theta, _) = dataclasses.replace(POINT2D, horizon=6), (
+        sampled_problem(tiny_config()))
+    data = mt.sample_trajectories(family, [0.3, 0.2], policy, theta, 3, seed=(0,))
+    assert data.rew.shape == (3, 6)
+    again = mt.assign_credit(dataclasses.replace(data, adv=None), 0.99, 1.0)
+    assert torch.equal(data.adv, again.adv)
+
+
+def test_logged_residual_is_a_share_of_the_gradients_length(monkeypatch):
+    config = tiny_config()
+    policy, theta, data = sampled_problem(config)
+    monkeypatch.setattr(mt, "conjugate_gradient", lambda hvp, b, *_: (b, 0.25 * b))
+    assert mt.trpo_meta_step(policy, theta, data, config)[1]["cg_residual"] == (
+        pytest.approx(0.25))
+    for d in data:
+        d.outer.adv = 0 * d.outer.adv                  # rewards that do not differ
+    new, stats = mt.trpo_meta_step(policy, theta, data, config)
+    assert stats["cg_residual"] == 0 and torch.equal(new, theta)
+
+
+def test_threads_do_the_work_that_they_are_for(monkeypatch):
+    """Sampling (only where the family says so), gradients, products and trials."""
+    here, seen = threading.get_ident(), {}
+    for name in ("task_rollout", "surrogate_and_kl"):
+        def spy(*args, right=getattr(mt, name), name=name, **kw):
+            seen.setdefault(name, set()).add(threading.get_ident() == here)
+            return right(*args, **kw)
+        monkeypatch.setattr(mt, name, spy)
+    config = tiny_config(workers=2, iterations=1)
+    for threads in (True, False):
+        family = dataclasses.replace(POINT2D, threads=threads)
+        for work in (lambda: mt.train_maml(config, family),
+                     lambda: mt.evaluate(config, first_theta(config), family)):
+            seen.clear()
+            work()
+            assert seen.pop("task_rollout") == {not threads}
+            assert seen in ({}, {"surrogate_and_kl": {False}})
+
+
+def test_line_search_by_default_makes_fifteen_trials_of_four_fifths():
+    _, tried = quadratic_search(lambda x: x, lambda x: 0.0, 1.0)
+    np.testing.assert_allclose(tried, 0.8 ** np.arange(15), rtol=1e-6)
+
+
+def test_conjugate_gradients_tolerance_is_absolute():
+    H, b = spd(6), torch.ones(6, dtype=torch.float64)
+    x, _ = mt.conjugate_gradient(lambda v: H @ v, 1e-3 * b, tolerance=1e-5)
+    assert not x.any()                                 # r·r is 6e-6 from the start
+    _, r = mt.conjugate_gradient(lambda v: H @ v, 1e3 * b, 60, tolerance=1e-5)
+    assert r @ r < 1e-5
+
+
+def test_bad_observation_is_the_environments_fault_and_bad_action_the_policys():
+    family = toy_family(obs=lambda t: np.full(2, math.nan if t == 2 else 0, np.float32))
+    with pytest.raises(mt.BadInput, match="observation at step 2"):
+        train_toy(family)
+    policy = mt.GaussianPolicy(2, 3, hidden=(4,))
+    theta = torch.full((policy.num_params,), math.nan)
+    with pytest.raises(mt.Diverged, match="action at step 0"):
+        mt.task_rollout(toy_family().make_envs(2), policy, theta, [0.0], 4, (0,))
+
+
+@pytest.fixture
+def two_kernel_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_training_gives_back_the_threads_it_found(two_kernel_threads):
+    seen = []
+    mt.train_maml(tiny_config(iterations=1), after_iteration=lambda _: seen.append(
+        torch.get_num_threads()))
+    assert seen == [1] and torch.get_num_threads() == 2
+
+
+def test_threads_of_the_pool_have_one_kernel_thread_each(two_kernel_threads):
+    mt.thread_pool.cache_clear()
+    assert mt.map_over_tasks(lambda _: torch.get_num_threads(), range(4), 3) == [1] * 4
+
+
+def test_evaluation_may_take_no_step():
+    config = tiny_config(eval_steps=0)
+    assert mt.evaluate(config, random_theta(config)).shape == (5, 1)
+
+
+def test_evaluation_beyond_any_memory_is_refused():
+    with pytest.raises(mt.BadInput, match="eval_tasks"):
+        mt.complete(mt.Config(eval_tasks=10**4, eval_episodes=10**4))
+
+
+@contextlib.contextmanager
+def as_rank(rank, ranks, said=None):
+    """This process believes it is one of several; `said` is what the first one sent."""
+    with mock.patch.multiple(
+            "torch.distributed", is_initialized=lambda: True, get_rank=lambda: rank,
+            get_world_size=lambda: ranks, broadcast_object_list=lambda outcome: (
+                outcome.__setitem__(0, said or outcome[0]))):
+        yield
+
+
+def test_only_the_first_rank_says_what_is_wrong():
+    wrong = mt.BadInput("wrong")
+    with as_rank(1, 2, wrong), pytest.raises(SystemExit) as stop:
+        mt.from_first_rank(lambda: None)
+    assert stop.value.code == 2
+    with as_rank(0, 2), pytest.raises(mt.BadInput):
+        mt.from_first_rank(mock.Mock(side_effect=wrong))
+
+
+def test_more_processes_than_tasks_are_refused(tmp_path, capsys):
+    with as_rank(0, 3):
+        assert "meta_batch_size 2" in refused(capsys, *TINY, "--out", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_workers_are_the_cores_or_a_ranks_share_of_them(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    for processes, workers in ((None, 6), ("2", 3), ("9", 1)):
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if processes:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert mt.complete(mt.Config()).workers == workers
+
+
+def test_walkers_have_no_time_limit_of_gymnasiums():
+    envs = family_named("cheetah-dir").make_envs(1)
+    envs.reset(seed=[0], options={"task": [1.0]})
+    ends = [envs.step(np.zeros((1, 6)))[3].item() for _ in range(1001)]
+    assert not any(ends)
+
+
+@pytest.mark.parametrize("name, high", [("cheetah-vel", 2), ("ant-vel", 3)])
+def test_held_out_speeds_are_these(name, high):
+    """Numpy's old generator, seed 1, by its digits."""
+    np.testing.assert_allclose(mt.TASKS[name].test_tasks(40)[[0, 1, 2]].ravel(),
+                               high * np.array([0.417022, 0.720324, 0.000114]),
+                               atol=3e-6)
+
+
+def test_file_is_whole_when_it_is_synced(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(os, "fsync", lambda file: sizes.append(os.fstat(file).st_size))
+    mt.write_atomically(tmp_path / "x", b"123456789")
+    assert sizes == [9] and (tmp_path / "x").read_bytes() == b"123456789"
+
+
+def test_checkpoint_with_a_best_theta_that_is_not_finite_is_refused(copied, capsys):
+    path = copied / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    content["best_theta"] = content["best_theta"] * math.nan
+    torch.save(content, path)
+    assert "finite" in refused(capsys, "--evaluate", path, "--best")
+
+
+def test_learning_curve_of_a_baseline_has_one_line(drawn, monkeypatch):
+    config, states = constant_runs(monkeypatch, PRE, POST)
+    config = dataclasses.replace(config, method="pretrained")
+    mt.draw_learning_curve(Path("learning.png"), config, states[-1])
+    (line,) = drawn["learning.png"].axes[0].lines
+    assert line.get_ydata().tolist() == np.mean(POST, 1).tolist()
+
+
+@pytest.mark.parametrize("task", ["point2d", "cheetah-dir"])
+def test_table_says_where_the_papers_simulator_is_another(task):
+    table = mt.comparison_table(mt.complete(mt.Config(task=task)),
+                                [("maml, last θ", np.zeros((40, 4)))])
+    assert ("simulator" in table) == (task != "point2d")
+
+
+def test_walks_end_where_the_episode_ended(drawn, monkeypatch):
+    config = tiny_config(eval_steps=0)
+    right = mt.adaptation
+
+    def shorter(*args):
+        for phi, data in right(*args):
+            data.mask[0, 3:] = data.obs[0, 3:] = 0
+            yield phi, data
+    monkeypatch.setattr(mt, "adaptation", shorter)
+    mt.draw_trajectories(Path("trajectories.png"), config, random_theta(config))
+    for ax in drawn["trajectories.png"].axes:
+        assert len(ax.lines[0].get_xdata()) == 3
+
+
+def test_two_rows_are_two_directions_and_one_row_has_no_error():
+    config = mt.complete(mt.Config(task="cheetah-dir"))
+    for n, kinds in ((1, 1), (2, 2), (3, 2)):
+        table = np.arange(1.0, 2 * n + 1).reshape(n, 2)
+        assert list(map(len, mt.by_task(config, table).values())) == [
+            [1], [1, 1], [1, 2]][n - 1]
+        printed = mt.comparison_table(config, [("maml, last θ", table)])
+        if n < 3:
+            assert set(re.findall(r"± +([\d.]+)", printed)) == {"0.00"}
+
+
+def test_time_left_is_of_the_last_ten_iterations(tmp_path, monkeypatch):
+    config, seen = tiny_config(), []
+    zero = dict.fromkeys(mt.PROGRESS_COLUMNS, 0.0)
+    rows = [zero | {"seconds_total": float(n)} for n in range(1, 15)]
+    state = dataclasses.replace(mt.TrainState.initial(
+        mt.make_policy(POINT2D, config), config), iteration=14, rows=rows)
+    monkeypatch.setattr(mt, "train_maml", lambda config, start, after_iteration:
+                        after_iteration(state))
+    monkeypatch.setattr(mt, "progress_line",
+                        lambda row, iterations, recent: seen.append(recent) or "")
+    mt.train_in_folder(config, tmp_path, state)
+    assert seen == [9.5]                                       # median of 5, …, 14
+
+
+def test_evaluation_of_a_saved_theta_takes_every_flag_of_evaluation(
+        trained, tmp_path, no_figures):
+    given = {"eval_tasks": "3", "eval_steps": "1", "eval_episodes": "4", "seed": "6",
+             "eval_alpha": "0.7", "workers": "2"}
+    flags = [x for name, value in given.items()
+             for x in ("--" + name.replace("_", "-"), value)]
+    out = tmp_path / "e"
+    assert mt.main(["--evaluate", str(trained / "checkpoint.pt"), "--out", str(out),
+                    *flags]) == 0
+    assert mt.read_evaluation(out, "point2d")[1].shape == (3, 2)
+    kept = json.loads((out / "config.json").read_text())
+    assert all(kept[name] == float(value) for name, value in given.items()
+               if name != "workers")
+
+
+def test_help_says_every_default(capsys):
+    assert mt.main(["--help"]) == 0
+    said = "".join(capsys.readouterr().out.split())
+    for f in dataclasses.fields(mt.Config):
+        begins = "".join(f.metadata["help"].split())
+        assert begins in said, f.name
+        default = "".join(f"; default {f.default}".split())
+        rest = said[said.index(begins):said.index(begins) + len(begins) + 200]
+        assert f.default is None or default in rest, f.name
+
+
+def test_picture_of_the_plane_has_y_upwards():
+    envs = mt.Point2D(1)
+    envs.reset(options={"task": [0.3, 0.5]})
+    envs.step(np.array([[-1.0, 1.0]]))
+    picture = mt.plane_picture(envs)
+    assert picture.shape == (240, 240, 3)
+    for (x, y), there in (((0.3, 0.5), True), ((0.3, -0.5), False),
+                          ((-0.1, 0.1), True), ((-0.1, -0.1), False)):
+        pixel = picture[round(120 * (1 - y / 0.75)), round(120 * (1 + x / 0.75))]
+        assert (pixel < 255).any() == there
+
+
+def test_render_does_not_overwrite_a_file(tmp_path):
+    (tmp_path / "old.gif").write_bytes(b"mine")
+    with pytest.raises(mt.BadInput, match="new file"):
+        mt.filmed("point2d", tmp_path / "old.gif")
+
+
+def test_terminal_that_cannot_show_theta_gets_a_question_mark(
+        tmp_path, no_figures, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "latin-1"))
+    assert tiny_run(tmp_path / "run") == 0
+    sys.stdout.flush()
+    said = raw.getvalue().decode("latin-1")
+    assert "before ? after" in said and "Done in" in said
+
+
+def test_run_says_its_sizes(tmp_path, no_figures, capsys):
+    assert tiny_run(tmp_path / "run") == 0
+    assert re.search("0 of 2 meta-iterations done; tasks 2, episodes 3, steps 4, inner "
+                     "steps 1, workers 1; ", capsys.readouterr().out)
 
 
 # %% Proofs: what they share

@@ -231,7 +231,7 @@ class Case:
         return theta
 
     def fisher(self, at: Tensor) -> Tensor:
-        """F = GᵀMG, from the derivatives of the means and of σ, number by number."""
+        """F = GᵀWG, from the derivatives of the means and of σ, number by number."""
         def outputs(theta):                      # (steps, 2A)
             pi = self.pi(theta, self.outer.obs)
             return torch.cat([pi.mean, pi.stddev], -1)[self.keep]
@@ -627,8 +627,7 @@ SECONDS = 10.0                         # for an exercise; most take less than on
 
 def grade_here(path: str, name: str, answer) -> None:
     """What the grading process does. What the file prints goes nowhere."""
-    if hasattr(os, "setsid"):
-        os.setsid()                    # then it can be ended with all it has started
+    getattr(os, "setsid", int)()       # then it can be ended with all it has started
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     answer.send(grade(path, name))
