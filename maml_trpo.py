@@ -96,7 +96,7 @@ from typing import Any, Callable, Iterator, Sequence
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, register_kl
 
@@ -1218,11 +1218,12 @@ WALKERS: dict[str, tuple[dict, Callable[[float, float], float]]] = {
 }
 
 
-class Walker(gym.Wrapper):
-    """One of Gymnasium's walkers, with an unseen task in the reward.
+class Walkers(VectorEnv):
+    """K copies of one of Gymnasium's walkers, with one unseen task in the reward.
 
     The task is one number: a speed in m/s, or a direction, 1 or −1. Actions are clipped
-    to [−1, 1]. The policy sees velocities (m/s, rad/s) divided by 10.
+    to [−1, 1]. The policy sees velocities (m/s, rad/s) divided by 10. A copy whose
+    episode has ended is not stepped any more. Raises BadInput if MuJoCo is missing.
 
     Authors' code: no scaling.
     Here:          joints turn at ±10 rad/s while angles stay within ±1. With Xavier
@@ -1230,13 +1231,27 @@ class Walker(gym.Wrapper):
                    45 % of the cheetah's steps, where no gradient can be felt.
     """
     UNIT = 10.0
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # `task_rollout` masks ends
 
-    def __init__(self, env: gym.Env, earns: Callable[[float, float], float]):
-        super().__init__(env)
-        self.earns, self.task = earns, 0.0
-        size = env.unwrapped.observation_structure
-        self.scale = np.ones(env.observation_space.shape)
-        self.scale[size["qpos"]:size["qpos"] + size["qvel"]] = 1 / self.UNIT
+    def __init__(self, name: str, num_envs: int, **more):
+        try:
+            import mujoco
+        except ImportError:
+            raise BadInput('this task needs MuJoCo, which is not installed: pip '
+                           'install "gymnasium[mujoco]"') from None
+        # A word in Gymnasium's cheetah file is old; MuJoCo warns at every loading.
+        mujoco.set_mju_user_warning(
+            lambda text: None if "settotalmass" in text else print(
+                f"MuJoCo: {text}", file=sys.stderr))
+        body, self.earns = WALKERS[name]
+        self.copies = [gym.make(**body, **more).unwrapped for _ in range(num_envs)]
+        self.num_envs, self.task = num_envs, 0.0
+        one = self.copies[0]
+        set_spaces(self, one.observation_space, one.action_space)
+        angles, speeds = (one.observation_structure[part] for part in ("qpos", "qvel"))
+        self.scale = np.ones(one.observation_space.shape)
+        self.scale[angles:angles + speeds] = 1 / self.UNIT
+        self.obs = np.zeros(self.observation_space.shape)                       # (K, S)
 
     def reset(self, *, seed=None, options=None):
         """`options={"task": (v,)}` sets the task; without it the last one stays."""
@@ -1245,38 +1260,31 @@ class Walker(gym.Wrapper):
             if task.shape != (1,) or not np.isfinite(task).all():
                 raise BadInput(f"a walker's task is one number in a row, not {task}")
             self.task = float(task[0])
-        obs, _ = super().reset(seed=seed)
-        return obs * self.scale, {}
+        seeds = seed if isinstance(seed, (list, tuple)) else [seed] * self.num_envs
+        for k, copy in enumerate(self.copies):
+            self.obs[k] = copy.reset(seed=seeds[k])[0]
+        self.ended = np.zeros(self.num_envs, bool)
+        return self.obs * self.scale, {}
 
-    def step(self, action):
-        """Gymnasium's step and costs, and what the task pays for this velocity."""
-        action = np.clip(np.asarray(action, float), -1.0, 1.0)
-        obs, costs, terminated, truncated, info = super().step(action)
-        reward = self.earns(info["x_velocity"], self.task) + costs
-        return obs * self.scale, reward, terminated, truncated, {}
+    def step(self, actions):
+        """Gymnasium's steps and costs, and what the task pays for the velocities."""
+        actions = np.clip(np.asarray(actions, float), -1.0, 1.0)
+        rewards = np.zeros(self.num_envs)
+        for k in np.flatnonzero(~self.ended):
+            self.obs[k], costs, self.ended[k], _, info = self.copies[k].step(actions[k])
+            rewards[k] = self.earns(info["x_velocity"], self.task) + costs
+        return (self.obs * self.scale, rewards, self.ended.copy(),
+                np.zeros(self.num_envs, bool), {})
 
-
-def make_walker(name: str, **more) -> Walker:
-    """The walker of one of the four tasks; BadInput if MuJoCo is not installed."""
-    body, earns = WALKERS[name]
-    try:
-        import mujoco
-    except ImportError:
-        raise BadInput('this task needs MuJoCo, which is not installed: pip install '
-                       '"gymnasium[mujoco]"') from None
-    # A word in Gymnasium's cheetah file is old. MuJoCo warns of it at every loading.
-    mujoco.set_mju_user_warning(lambda text: None if "settotalmass" in text else print(
-        f"MuJoCo: {text}", file=sys.stderr))
-    return Walker(gym.make(**body, disable_env_checker=True, max_episode_steps=-1,
-                           **more), earns)
+    def render(self):
+        """A picture of each copy."""
+        return [copy.render() for copy in self.copies]
 
 
 def walkers(name: str, highest: float | None = None) -> TaskFamily:
     """Speeds v ~ U[0, highest], held-out ones from a fixed seed; or both directions in
     turn, in training too: of an even number, half of each is p(T) itself."""
-    def make_envs(K: int) -> VectorEnv:
-        return SyncVectorEnv([lambda: make_walker(name)] * K, copy=False)
-
+    make_envs = functools.partial(Walkers, name)
     if highest:
         return TaskFamily(
             name, make_envs, lambda rng, M: rng.uniform(0, highest, (M, 1)),
@@ -1808,8 +1816,7 @@ def filmed(task: str, path: Path) -> Filmed:
         return Filmed(Point2D(1), plane_picture)
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")              # draws without a window
-    envs = SyncVectorEnv([lambda: make_walker(
-        task, render_mode="rgb_array", width=320, height=240)])
+    envs = Walkers(task, 1, render_mode="rgb_array", width=320, height=240)
     try:
         envs.reset(seed=0)
         envs.render()

@@ -275,7 +275,7 @@ def print_iterations(title: str, ways=("1 worker", "2 workers", "2 ranks"), **se
 
 def print_sampling(task: str, H: int, K=20) -> None:
     """Steps a second with the policy, beside Gymnasium's env.step; one thread."""
-    family, env = mt.TASKS[task], mt.make_walker(task).unwrapped
+    family, env = mt.TASKS[task], mt.Walkers(task, 1).copies[0]
     policy = mt.make_policy(family, mt.complete(mt.Config(task=task, rollouts=K)))
     theta = policy.init(torch.Generator().manual_seed(0))
     actions = np.random.default_rng(0).uniform(-1, 1, (K * H, policy.shapes[-1][0]))
