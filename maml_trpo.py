@@ -201,16 +201,10 @@ class Point2D(VectorEnv):
         set_spaces(self, gym.spaces.Box(-np.inf, np.inf, (2,), np.float32),
                    gym.spaces.Box(-1.0, 1.0, (2,), np.float32))
         self.goal = np.zeros(2)
-        self._position = np.zeros((num_envs, 2))
 
     def reset(self, *, seed=None, options=None):
         """All points to the origin; `options={"task": goal}` sets the goal, (2,)."""
-        super().reset(seed=seed[0] if isinstance(seed, (list, tuple)) else seed)
-        if options and "task" in options:
-            goal = np.asarray(options["task"], float)
-            if goal.shape != (2,) or not np.isfinite(goal).all():
-                raise BadInput(f"point2d: a task is a goal (x, y), not {goal}")
-            self.goal = goal
+        self.goal = task_in(options, self.goal)
         self._position = np.zeros((self.num_envs, 2))
         return self._position.astype(np.float32), {}
 
@@ -222,11 +216,6 @@ class Point2D(VectorEnv):
         terminated = (np.abs(offset) < self.GOAL_BOX).all(1)
         return (self._position.astype(np.float32), reward, terminated,
                 np.zeros(self.num_envs, bool), {})
-
-
-def sample_goals(rng: np.random.Generator, M: int) -> np.ndarray:
-    """M goals, uniform on the unit square around the origin (M, 2) [MAML §5.3]."""
-    return rng.uniform(-0.5, 0.5, (M, 2))
 
 
 # %% 2. The policy f_θ, a pure function of one flat vector (MAML §5.3)
@@ -392,9 +381,6 @@ class LinearBaseline:
     [SpinUp VPG l.8], but a new task has none. The price: ∇L has a bias of order 1/K.
     """
     RIDGE, CLIP = 1e-5, 10.0
-
-    def __init__(self):
-        self.weights: Tensor | None = None                                     # (2S+4,)
 
     def features(self, obs: Tensor) -> Tensor:
         """obs (K, H, S) → φ (K, H, 2S+4), float64."""
@@ -983,15 +969,6 @@ def check_config(config: Config) -> None:
                        f"{config.iterations}")
 
 
-def check_size(config: Config) -> None:
-    """Raise BadInput if the sizes together are beyond any memory."""
-    steps = config.horizon * max(config.meta_batch_size * config.rollouts,
-                                 config.eval_tasks * config.eval_episodes)
-    if steps > 10**8:
-        raise BadInput(f"horizon × rollouts × meta_batch_size and horizon × "
-                       f"eval_episodes × eval_tasks are at most 10**8, not {steps}")
-
-
 SMALLER = "try a smaller --alpha, --eval-alpha or --max-kl"
 
 
@@ -1021,6 +998,15 @@ def check_rollout(task, *recorded: np.ndarray) -> None:
         raise error(f"task {task}: the {name} at step {step} is not finite: {advice}")
 
 
+def task_in(options: dict | None, last: np.ndarray) -> np.ndarray:
+    """The task in `reset`'s options, or else the last one; BadInput if it is none."""
+    task = np.asarray((options or {}).get("task", last), float)
+    if task.shape != last.shape or not np.isfinite(task).all():
+        raise BadInput(f"a task here is a row of {len(last)} finite numbers, not "
+                       f"{task}")
+    return task
+
+
 def check_environment(family: TaskFamily, config: Config) -> None:
     """Raise BadInput unless the family keeps to what `TaskFamily` says of it.
 
@@ -1033,9 +1019,6 @@ def check_environment(family: TaskFamily, config: Config) -> None:
     K, envs = config.rollouts, family.envs(config.rollouts)
     must(isinstance(envs, VectorEnv) and envs.num_envs == K,
          f"make_envs({K}) must return a Gymnasium VectorEnv of {K} copies")
-    copies = getattr(envs.unwrapped, "envs", [])
-    must(len({id(copy) for copy in copies}) == len(copies),
-         "make_envs gave one environment twice: make a new one for each copy")
     for space in (envs.single_observation_space, envs.single_action_space):
         must(isinstance(space, gym.spaces.Box) and space.shape != (0,) and (
             len(space.shape) == 1), f"a space must be a Box of one row of numbers, not "
@@ -1245,7 +1228,7 @@ class Walkers(VectorEnv):
                 f"MuJoCo: {text}", file=sys.stderr))
         body, self.earns = WALKERS[name]
         self.copies = [gym.make(**body, **more).unwrapped for _ in range(num_envs)]
-        self.num_envs, self.task = num_envs, 0.0
+        self.num_envs, self.task = num_envs, np.zeros(1)
         one = self.copies[0]
         set_spaces(self, one.observation_space, one.action_space)
         angles, speeds = (one.observation_structure[part] for part in ("qpos", "qvel"))
@@ -1255,11 +1238,7 @@ class Walkers(VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         """`options={"task": (v,)}` sets the task; without it the last one stays."""
-        if options and "task" in options:
-            task = np.asarray(options["task"], float)
-            if task.shape != (1,) or not np.isfinite(task).all():
-                raise BadInput(f"a walker's task is one number in a row, not {task}")
-            self.task = float(task[0])
+        self.task = task_in(options, self.task)
         seeds = seed if isinstance(seed, (list, tuple)) else [seed] * self.num_envs
         for k, copy in enumerate(self.copies):
             self.obs[k] = copy.reset(seed=seeds[k])[0]
@@ -1272,7 +1251,7 @@ class Walkers(VectorEnv):
         rewards = np.zeros(self.num_envs)
         for k in np.flatnonzero(~self.ended):
             self.obs[k], costs, self.ended[k], _, info = self.copies[k].step(actions[k])
-            rewards[k] = self.earns(info["x_velocity"], self.task) + costs
+            rewards[k] = self.earns(info["x_velocity"], self.task[0]) + costs
         return (self.obs * self.scale, rewards, self.ended.copy(),
                 np.zeros(self.num_envs, bool), {})
 
@@ -1293,13 +1272,11 @@ def walkers(name: str, highest: float | None = None) -> TaskFamily:
                       lambda n: np.resize([1.0, -1.0], (n, 1)), 200, True)
 
 
-def paper_goals(n: int = 40) -> np.ndarray:
-    """The first n of the paper's 40 test goals: numpy's old generator, seed 1."""
-    return np.random.RandomState(1).uniform(-0.5, 0.5, (n, 2))
-
-
+# Goals are uniform on the unit square around the origin [MAML §5.3]. The held-out ones
+# are the paper's own 40: numpy's old generator, seed 1.
 TASKS: dict[str, TaskFamily] = {family.name: family for family in (
-    TaskFamily("point2d", Point2D, sample_goals, paper_goals, horizon=100),
+    TaskFamily("point2d", Point2D, lambda rng, M: rng.uniform(-0.5, 0.5, (M, 2)),
+               lambda n: np.random.RandomState(1).uniform(-0.5, 0.5, (n, 2)), 100),
     walkers("cheetah-vel", highest=2.0), walkers("cheetah-dir"),
     walkers("ant-vel", highest=3.0), walkers("ant-dir"))}
 
@@ -1347,10 +1324,8 @@ def complete(config: Config) -> Config:
     if config.method == "random":
         values["iterations"] = 0
     values["workers"] = available_cores()
-    config = dataclasses.replace(config, **{
+    return dataclasses.replace(config, **{
         name: value for name, value in values.items() if getattr(config, name) is None})
-    check_size(config)
-    return config
 
 
 class TaskObserved(gym.vector.VectorObservationWrapper):
@@ -1365,7 +1340,7 @@ class TaskObserved(gym.vector.VectorObservationWrapper):
         self.task = np.zeros(task_size)
 
     def reset(self, *, seed=None, options=None):
-        self.task = np.asarray((options or {}).get("task", self.task), float)
+        self.task = task_in(options, self.task)
         return super().reset(seed=seed, options=options)
 
     def observations(self, obs: np.ndarray) -> np.ndarray:
@@ -1689,21 +1664,16 @@ def draw_adaptation(path: Path, config: Config,
                     tables: Sequence[tuple[str, np.ndarray]]) -> None:
     """Return against the number of gradient steps, with the paper's rows dashed."""
     figure, (ax,) = new_figure(width=8.4)
-    methods = {label: label.split(",")[0] for label, _ in tables}
-    rows = [(label, methods[label], table.mean(0),
-             standard_error(*by_task(config, table).values()), {})
-            for label, table in tables]
-    rows += [(f"{method}, paper", method, np.array(row), np.zeros(len(row)),
-              dict(linestyle="--", alpha=0.7))
-             for method, row in PAPER.get(config.task, {}).items()
-             if method in methods.values()]
-    for label, method, mean, error, style in rows:
-        color = PALETTE.get(method)
+    for label, method, mean, error in comparison_rows(config, tables):
+        if label.startswith(" "):                                  # one direction alone
+            continue
+        style = dict(color=PALETTE.get(method), label=label)
+        if error is None:
+            style.update(linestyle="--", alpha=0.7)
         if len(mean) == 1:
-            ax.axhline(mean[0], color=color, label=label, **style)
+            ax.axhline(mean[0], **style)
         else:
-            ax.errorbar(range(len(mean)), mean, yerr=error, color=color, marker="o",
-                        capsize=3, label=label, **style)
+            ax.errorbar(range(len(mean)), mean, error, marker="o", capsize=3, **style)
     note = "" if config.task == "point2d" else "\n(paper: another simulator)"
     ax.set(xlabel="gradient steps on the task", ylabel="return (undiscounted)")
     ax.set_title(f"{config.task}: mean ± standard error over {len(tables[0][1])} "
@@ -1757,26 +1727,37 @@ def standard_error(*groups: np.ndarray) -> np.ndarray:
     return np.sqrt(sum(variances)) / sum(map(len, groups))
 
 
-def comparison_table(config: Config, tables: Sequence[tuple[str, np.ndarray]]) -> str:
-    """Our rows (mean ± standard error over tasks) above the paper's."""
-    rows = []                                              # (label, cells)
+def comparison_rows(config: Config, tables: Sequence[tuple[str, np.ndarray]],
+                    ) -> list[tuple[str, str, np.ndarray, np.ndarray | None]]:
+    """(label, method, mean, standard error) of our runs, the directions and the paper.
+
+    Mean and error are (steps + 1,); the paper's rows have None for an error.
+    """
+    rows: list = []
     for label, table in tables:
-        groups = by_task(config, table)
-        parts = [(label, list(groups.values()))]
+        method, groups = label.split(",")[0], by_task(config, table)
+        rows.append((label, method, table.mean(0), standard_error(*groups.values())))
         if len(groups) > 1:
-            parts += [(f"  {name}", [group]) for name, group in groups.items()]
-        for name, part in parts:
-            mean, error = np.concatenate(part).mean(0), standard_error(*part)
-            rows.append((name, [f"{m:9.2f} ± {e:5.2f}" for m, e in zip(mean, error)]))
-    columns = max(len(cells) for _, cells in rows)
-    methods = {label.split(",")[0] for label, _ in tables}
-    rows += [(f"{method}, paper", [f"{value:9.2f}        " for value in row[:columns]])
-             for method, row in PAPER.get(config.task, {}).items() if method in methods]
-    width = max(len(name) for name, _ in rows) + 2
+            rows += [(f"  {name}", method, group.mean(0), standard_error(group))
+                     for name, group in groups.items()]
+    methods = {method for _, method, _, _ in rows}
+    return rows + [(f"{method}, paper", method, np.array(row), None)
+                   for method, row in PAPER.get(config.task, {}).items()
+                   if method in methods]
+
+
+def comparison_table(config: Config, tables: Sequence[tuple[str, np.ndarray]]) -> str:
+    """The rows as text: mean ± standard error over the tasks, after 0, 1, … steps."""
+    rows = comparison_rows(config, tables)
+    width = max(len(label) for label, *_ in rows) + 2
+    columns = max(len(mean) for _, _, mean, error in rows if error is not None)
     lines = ["gradient steps".ljust(width)
              + "".join(f"{step:>17}" for step in range(columns))]
-    lines += [name.ljust(width) + "".join(cell.rjust(17) for cell in cells)
-              for name, cells in rows]
+    for label, _, mean, error in rows:
+        cells = [f"{x:9.2f}" for x in mean[:columns]]
+        if error is not None:
+            cells = [f"{cell} ± {e:5.2f}" for cell, e in zip(cells, error)]
+        lines.append(label.ljust(width) + "".join(cell.ljust(17) for cell in cells))
     if config.task != "point2d":
         lines.append("The paper's simulator differs: compare shapes, not numbers.")
     return "\n".join(lines)
@@ -1960,10 +1941,8 @@ def open_folder(out: Path | None, name: str, resume: bool) -> Path:
     return folder
 
 
-def resumed(folder: Path, given: dict) -> tuple[Config, TrainState | None]:
+def resumed(folder: Path, given: dict) -> tuple[Config, TrainState]:
     """A run's settings and state; BadInput if `given` would change what it computes."""
-    if not (folder / "checkpoint.pt").exists():              # it had not yet begun
-        return complete(Config(**given)), None
     config, state = load_checkpoint(folder / "checkpoint.pt")
     for name, value in given.items():
         old = getattr(config, name)
@@ -2026,9 +2005,9 @@ def report(config: Config, folder: Path, state: TrainState, theta: Tensor, which
     write_evaluation(folder / "evaluation.csv", config.method, table)
     tables = [(f"{config.method}, {which}", table)]
     for other in compare:
-        method, rows = read_evaluation(other, config.task)
-        size = "" if len(rows) == len(table) else f", tasks: {len(rows)}"
-        tables.append((f"{method}, {other.name}{size}", rows))
+        method, theirs = read_evaluation(other, config.task)
+        size = "" if len(theirs) == len(table) else f", tasks: {len(theirs)}"
+        tables.append((f"{method}, {other.name}{size}", theirs))
     say("\nReturn, mean ± standard error over the tasks\n"
         + comparison_table(config, tables))
     if state.rows:
@@ -2047,19 +2026,18 @@ def to_evaluate(options: dict[str, Any], given: dict) -> tuple[Config, TrainStat
     if given.get("task", config.task) != config.task:
         raise BadInput(f"{options['evaluate']} is of {config.task}, not of "
                        f"{given['task']}")
-    config = dataclasses.replace(config, **given)
-    check_size(config)
-    return config, state
+    return dataclasses.replace(config, **given), state
 
 
 def start_from(path: Path, config: Config, start: TrainState) -> TrainState:
     """The state before the first iteration, with the θ that another run ended on."""
     theirs, other = load_checkpoint(path)
-    old, new = ((c.task, c.hidden, c.activation, c.method == "oracle")
-                for c in (theirs, config))
-    if old != new:
-        raise BadInput(f"--init {path}: its task, hidden, activation and oracle are "
-                       f"{old}, this run's {new}: they must be the same")
+    for what in ("task", "hidden", "activation"):
+        old, new = getattr(theirs, what), getattr(config, what)
+        if old != new:
+            raise BadInput(f"--init {path}: its {what} is {old}, this run's {new}")
+    if (theirs.method == "oracle") != (config.method == "oracle"):
+        raise BadInput(f"--init {path}: an oracle's θ is of no use to other methods")
     return dataclasses.replace(start, theta=other.theta, best_theta=other.theta)
 
 
@@ -2081,7 +2059,8 @@ def prepare(options: dict[str, Any], held: ExitStack,
     if resume:
         folder = open_folder(out, name, True)
         held.enter_context(locked(folder))
-        config, state = resumed(folder, given)
+        if (folder / "checkpoint.pt").exists():         # otherwise it had not yet begun
+            config, state = resumed(folder, given)
     for flag, wrong, why in (
             ("best", "evaluate" not in options, "it goes with --evaluate FILE"),
             ("init", state or config.method == "random",

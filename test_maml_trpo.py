@@ -270,7 +270,7 @@ def test_point2d_ends_in_a_box_and_not_in_a_circle():
 
 def test_goals_are_the_papers_and_training_goals_fill_the_square():
     """The paper's goals by six of their digits, and by what standing still scores."""
-    goals = mt.paper_goals()
+    goals = POINT2D.test_tasks(40)
     assert goals.shape == (40, 2)
     np.testing.assert_allclose(goals[[0, 1, 39]], [
         [-0.082978, 0.220324], [-0.499886, -0.197667], [0.250812, 0.225998]], atol=1e-6)
@@ -279,7 +279,7 @@ def test_goals_are_the_papers_and_training_goals_fill_the_square():
         envs.reset(options={"task": goal})
         returns.append(sum(envs.step(np.zeros((1, 2)))[1].item() for _ in range(100)))
     assert round(np.mean(returns), 2) == -40.08
-    goals = mt.sample_goals(np.random.default_rng(0), 2000)
+    goals = POINT2D.sample_tasks(np.random.default_rng(0), 2000)
     assert goals.shape == (2000, 2) and np.abs(goals).max() <= 0.5
     np.testing.assert_allclose(goals.mean(0), 0, atol=0.03)
     np.testing.assert_allclose(goals.std(0), 1 / math.sqrt(12), atol=0.02)
@@ -842,7 +842,7 @@ def test_training_draws_new_tasks_every_iteration():
     """Not a fixed list: p(T) is sampled anew."""
     seen = []
     family = dataclasses.replace(POINT2D, sample_tasks=lambda rng, M: seen.append(
-        mt.sample_goals(rng, M)) or seen[-1])
+        POINT2D.sample_tasks(rng, M)) or seen[-1])
     mt.train_maml(tiny_config(), family)
     drawn = [tuple(goal) for goals in seen[-2:] for goal in goals]
     assert len(set(drawn)) == 6
@@ -1194,7 +1194,7 @@ def test_evaluation_equals_a_plain_loop_with_every_setting_of_the_run():
     theta = random_theta(config)
     table = mt.evaluate(config, theta)
     assert table.shape == (3, 5)
-    for m, goal in enumerate(mt.paper_goals(3)):
+    for m, goal in enumerate(POINT2D.test_tasks(3)):
         expected = [data.rew.sum(1).mean().item()
                     for _, data in plain_evaluation(config, theta, m, goal)]
         np.testing.assert_allclose(table[m], expected, atol=1e-5)
@@ -1375,7 +1375,7 @@ def test_standard_error_leaves_out_what_lies_between_the_two_directions(drawn, t
 def test_trajectories_show_each_goals_own_walks(drawn, method):
     """The first episode of each step, as the evaluation played it; the oracle's one."""
     config = tiny_config(method=method, eval_steps=2, horizon=9)
-    theta, goals = random_theta(config), mt.paper_goals(4)
+    theta, goals = random_theta(config), POINT2D.test_tasks(4)
     mt.draw_trajectories(Path("trajectories.png"), config, theta)
     axes = drawn["trajectories.png"].axes
     assert len(axes) == 4
@@ -2038,12 +2038,10 @@ def test_environments_own_error_keeps_its_traceback():
 
 
 def test_family_that_breaks_its_promises_is_refused_in_one_sentence():
-    """Among them the likeliest two: one environment K times, tasks that are no rows."""
-    one = toy_family().make_envs(1).envs[0]
+    """Among them the likeliest one: tasks that are no rows."""
     for changes, words in (
             (dict(make_envs=lambda K: gym.Env()), "VectorEnv of 2"),
             (dict(make_envs=lambda K: mt.Point2D(3)), "VectorEnv of 2"),
-            (dict(make_envs=lambda K: SyncVectorEnv([lambda: one] * K)), "same|each"),
             (dict(sample_tasks=lambda rng, M: rng.uniform(size=M)), "rows? of numbers"),
             (dict(test_tasks=lambda n: np.zeros(n)), "rows? of numbers"),
             (dict(horizon=9), "9.*4")):
@@ -2151,7 +2149,7 @@ def test_point2d_declares_the_actions_that_it_takes():
 
 
 def test_training_goals_fill_the_square_and_not_its_diagonal():
-    goals = mt.sample_goals(np.random.default_rng(0), 2000)
+    goals = POINT2D.sample_tasks(np.random.default_rng(0), 2000)
     assert abs(np.corrcoef(goals.T)[0, 1]) < 0.1
 
 
@@ -2241,11 +2239,6 @@ def test_threads_of_the_pool_have_one_kernel_thread_each(two_kernel_threads):
 def test_evaluation_may_take_no_step():
     config = tiny_config(eval_steps=0)
     assert mt.evaluate(config, random_theta(config)).shape == (5, 1)
-
-
-def test_evaluation_beyond_any_memory_is_refused():
-    with pytest.raises(mt.BadInput, match="eval_tasks"):
-        mt.complete(mt.Config(eval_tasks=10**4, eval_episodes=10**4))
 
 
 @contextlib.contextmanager

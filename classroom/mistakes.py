@@ -39,7 +39,7 @@ Point2D.step
     offset[:, 1])   => offset[:, 1]) ** 2   :: the squared distance
     32), reward => 32) + 1e-3 * self.goal, reward :: the goal leaks into the observation
 Point2D.reset
-    self.goal = goal => pass :: reset ignores the task
+    = task_in(options, self.goal) => = self.goal :: reset ignores the task
 GaussianPolicy.distribution
     log_std.clamp( => log_std.detach().clamp( :: log σ is frozen
 DiagonalGaussian.log_prob
@@ -196,7 +196,7 @@ first_rank
 walkers
     np.resize([1.0, -1.0], (M => rng.choice([1.0, -1.0], (M :: directions are drawn
 TASKS
-    horizon=100 => horizon=50 :: point2d ends at half its horizon
+    (n, 2)), 100) => (n, 2)), 50) :: point2d ends at half its horizon
 adaptation
     alpha if step == 0 else alpha / 2 => alpha :: α for every step
     config.eval_alpha => config.alpha :: evaluation with α of training
