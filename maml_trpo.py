@@ -1797,7 +1797,8 @@ def filmed(task: str, path: Path) -> Filmed:
         return Filmed(Point2D(1), plane_picture)
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")              # draws without a window
-    envs = Walkers(task, 1, render_mode="rgb_array", width=320, height=240)
+    envs = Walkers(task, 1, render_mode="rgb_array", camera_name="track",
+                   width=224, height=168)
     try:
         envs.reset(seed=0)
         envs.render()
@@ -1807,29 +1808,32 @@ def filmed(task: str, path: Path) -> Filmed:
     return Filmed(envs, lambda envs: envs.render()[0])
 
 
-def render_gif(path: Path, config: Config, theta: Tensor, every: int = 2) -> None:
-    """One episode with θ beside one with θ′, on the first held-out task."""
+def render_gif(path: Path, config: Config, theta: Tensor, every: int = 4) -> None:
+    """Two held-out tasks, one above the other: an episode with θ beside one with θ′."""
     from PIL import Image, ImageDraw
     family, camera = family_of(config), filmed(config.task, path)
-    policy, task = make_policy(family, config), family.test_tasks(1)[0]
+    policy = make_policy(family, config)
     stage = family_of(config, dataclasses.replace(
         TASKS[config.task], make_envs=lambda K: camera)).envs(1)
-    panels = []
-    for title, (phi, _) in zip(("before", "after one step"), adaptation(
-            policy, theta, family, task, config, 0, steps=1)):
-        camera.frames.clear()
-        data = task_rollout(stage, policy, phi, task, config.horizon,
-                            (config.seed, EVALUATION, 0, 1))
-        shown = camera.frames[:int(data.mask.sum()):every]
-        panels.append((f"{title}: return {data.mean_return():.1f}", shown))
+    panels = []                                               # (title, its pictures)
+    for m, task in enumerate(family.test_tasks(2)):
+        for when, (phi, _) in zip(("before", "after one step"), adaptation(
+                policy, theta, family, task, config, m, steps=1)):
+            camera.frames.clear()
+            data = task_rollout(stage, policy, phi, task, config.horizon,
+                                (config.seed, EVALUATION, m, 1))
+            title = f"task {np.round(task, 2)}, {when}: return {data.mean_return():.1f}"
+            panels.append((title, camera.frames[:int(data.mask.sum()):every]))
     pictures = []
     for t in range(max(len(shown) for _, shown in panels)):
-        row = [shown[min(t, len(shown) - 1)] for _, shown in panels]
-        pictures.append(Image.fromarray(np.concatenate(row, axis=1)))
+        now = [shown[min(t, len(shown) - 1)] for _, shown in panels]
+        pictures.append(Image.fromarray(np.vstack([np.hstack(now[:2]),
+                                                   np.hstack(now[2:])])))
         for k, (title, _) in enumerate(panels):
-            ImageDraw.Draw(pictures[-1]).text((8 + k * row[0].shape[1], 6), title,
-                                              fill="black", stroke_width=2,
-                                              stroke_fill="white")
+            height, width, _ = now[k].shape
+            ImageDraw.Draw(pictures[-1]).text(
+                (8 + k % 2 * width, 6 + k // 2 * height), title, fill="black",
+                stroke_width=2, stroke_fill="white")
     gif = io.BytesIO()
     pictures[0].save(gif, format="GIF", save_all=True, append_images=pictures[1:],
                      loop=0, duration=50 * every)
@@ -1899,7 +1903,7 @@ def build_parser() -> Parser:
         help="put other runs into this one's table and figure; the run itself is still "
         "trained, or with --evaluate only evaluated")
     add("--render", type=Path, metavar="FILE.gif",
-        help="at the end, draw an episode before and one after a gradient step")
+        help="at the end, film two tasks: before and after one gradient step")
     return parser
 
 

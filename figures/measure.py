@@ -273,30 +273,8 @@ def print_iterations(title: str, ways=("1 worker", "2 workers", "2 ranks"), **se
               f"{peak} GB", flush=True)
 
 
-def print_sampling(task: str, H: int, K=20) -> None:
-    """Steps a second with the policy, beside Gymnasium's env.step; one thread."""
-    family, env = mt.TASKS[task], mt.Walkers(task, 1).copies[0]
-    policy = mt.make_policy(family, mt.complete(mt.Config(task=task, rollouts=K)))
-    theta = policy.init(torch.Generator().manual_seed(0))
-    actions = np.random.default_rng(0).uniform(-1, 1, (K * H, policy.shapes[-1][0]))
-
-    def gymnasium():
-        env.reset(seed=0)
-        for action in actions:
-            if env.step(action)[2]:
-                env.reset()
-
-    def ours():
-        return mt.task_rollout(family.envs(K), policy, theta, [1.0], H, (0,))
-
-    with mt.one_thread_each():
-        seconds = interleaved(dict(env=gymnasium, ours=ours), repeats=8, warm_up=1)
-    print(f"{task}, steps a second: env.step {len(actions) / seconds['env']:,.0f}, "
-          f"with policy, K {K}: {float(ours().mask.sum()) / seconds['ours']:,.0f}")
-
-
 def benchmark(words, out, **settings):
-    """Seconds of a meta-iteration by part, products, sampling (6 minutes; printed).
+    """Seconds of a meta-iteration by part, and of products (6 minutes; printed).
 
     With settings, such as `task=cheetah-dir iterations=3 meta_batch_size=40`, only a
     meta-iteration of these. Nothing else may run meanwhile.
@@ -305,9 +283,8 @@ def benchmark(words, out, **settings):
     if settings:
         return print_iterations("as given", **settings)
     print_iterations("point2d", task="point2d", iterations=10)
-    for hvp in ("double-backprop", "gauss-newton"):
-        print_iterations(hvp, ("1 worker", "2 workers"), task="point2d", hvp=hvp,
-                         iterations=4)
+    print_iterations("exact products", ("2 workers",), task="point2d", iterations=4,
+                     hvp="gauss-newton")
     print_iterations("cheetah-dir", task="cheetah-dir", iterations=4, horizon=100,
                      meta_batch_size=20)
     a, b = torch.randn(2000, 100), torch.randn(100, 100)
@@ -315,8 +292,6 @@ def benchmark(words, out, **settings):
         seconds = interleaved({"product": lambda: [a @ b for _ in range(20)]}, 50)
     print("A product (2000×100)·(100×100) in float32, one core: "
           f"{20 * 2 * 2000 * 100 * 100 / seconds['product'] / 1e9:.0f} GFLOP/s")
-    print_sampling("cheetah-dir", H=200)
-    print_sampling("ant-dir", H=100)
     costs([], out)
 
 
@@ -520,13 +495,12 @@ def signal(words, out, batches=8, **settings):
     start, *pairs = words or ["point2d"]
     if start in mt.TASKS:
         config = mt.complete(mt.Config(task=start, **settings))
-        policy = mt.make_policy(mt.family_of(config), config)
-        theta = mt.TrainState.initial(policy, config).theta
+        theta, _ = mt.train_maml(replace(config, iterations=0))
     else:
         config, state = mt.load_checkpoint(Path(start))
         config, theta = replace(config, **settings), state.theta
-        policy = mt.make_policy(mt.family_of(config), config)
     family = mt.family_of(config)
+    policy = mt.make_policy(family, config)
     data = [[mt.task_rollout(family.envs(config.rollouts), policy, theta, task,
                              config.horizon, (99, m, b)) for b in range(batches)]
             for m, task in enumerate(family.test_tasks(2))]
@@ -539,6 +513,24 @@ def signal(words, out, batches=8, **settings):
             unit = steps / steps.norm(dim=1, keepdim=True)
             cosines.append(((unit @ unit.T).sum() - batches) / (batches**2 - batches))
         print(f"γ {gamma:g}, λ {lam:g}: {float(sum(cosines)) / 2:5.2f}", flush=True)
+
+
+def upright(words, out):
+    """How long half-cheetah runs on its feet, by direction (half a minute; printed).
+
+    Words: the runs' folders. The share of all steps in which its back points upwards.
+    """
+    for word in words:
+        config, state = mt.load_checkpoint(Path(word) / "checkpoint.pt")
+        family = mt.family_of(config)
+        policy = mt.make_policy(family, config)
+        for m, task in enumerate(family.test_tasks(2)):
+            steps = 0 if config.method == "oracle" else 1
+            for step, (_, data) in enumerate(mt.adaptation(
+                    policy, state.theta, family, task, config, m, steps)):
+                share = float((data.obs[..., 1].cos() > 0).float().mean())
+                print(f"{word}, task {task[0]:+g}, after {step} steps: upright in "
+                      f"{share:.0%} of the steps, return {data.mean_return():.1f}")
 
 
 # %% graph: a drawing of one meta-step
@@ -595,7 +587,7 @@ def graph(words, out):
 
 COMMANDS = {function.__name__.replace("_", "-"): function for function in (
     benchmark, one_process, costs, fd_error, cg, what_matters, seeds, time_to_result,
-    finetune, signal, graph)}
+    finetune, signal, upright, graph)}
 
 
 def value_of(text: str):
