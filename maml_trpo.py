@@ -969,6 +969,15 @@ def check_config(config: Config) -> None:
                        f"{config.iterations}")
 
 
+def check_size(config: Config) -> None:
+    """Raise BadInput if the sizes together are beyond any memory."""
+    steps = config.horizon * max(config.meta_batch_size * config.rollouts,
+                                 config.eval_tasks * config.eval_episodes)
+    if steps > 10**8:
+        raise BadInput(f"horizon × rollouts × meta_batch_size and horizon × "
+                       f"eval_episodes × eval_tasks are at most 10**8, not {steps}")
+
+
 SMALLER = "try a smaller --alpha, --eval-alpha or --max-kl"
 
 
@@ -1305,7 +1314,7 @@ PRESETS: dict[str, dict[str, tuple[Any, str]]] = {     # task → field → (val
     "cheetah-vel": LOCOMOTION | dict(iterations=(100, "ours; authors' code 475")),
     "cheetah-dir": LOCOMOTION,
     "ant-vel": ANTS | dict(meta_batch_size=(10, "ours; paper 40")),
-    "ant-dir": ANTS | dict(iterations=(400, "ours; authors' code 575"),
+    "ant-dir": ANTS | dict(iterations=(120, "ours; authors' code 575"),
                            meta_batch_size=(2, "ours, both directions; paper 40"),
                            rollouts=(40, "paper"),
                            eval_episodes=(40, "paper, as in training")),
@@ -1324,8 +1333,10 @@ def complete(config: Config) -> Config:
     if config.method == "random":
         values["iterations"] = 0
     values["workers"] = available_cores()
-    return dataclasses.replace(config, **{
+    config = dataclasses.replace(config, **{
         name: value for name, value in values.items() if getattr(config, name) is None})
+    check_size(config)
+    return config
 
 
 class TaskObserved(gym.vector.VectorObservationWrapper):
@@ -2030,7 +2041,9 @@ def to_evaluate(options: dict[str, Any], given: dict) -> tuple[Config, TrainStat
     if given.get("task", config.task) != config.task:
         raise BadInput(f"{options['evaluate']} is of {config.task}, not of "
                        f"{given['task']}")
-    return dataclasses.replace(config, **given), state
+    config = dataclasses.replace(config, **given)
+    check_size(config)
+    return config, state
 
 
 def start_from(path: Path, config: Config, start: TrainState) -> TrainState:
