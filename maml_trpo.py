@@ -96,7 +96,7 @@ from typing import Any, Callable, Iterator, Sequence
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, register_kl
 
@@ -492,7 +492,6 @@ def adapt(policy, theta: Tensor, inner_data: Sequence[Trajectories], alpha: floa
 #    advantages vary little weigh more. The authors' code does the same.
 # 4. The Hessian H is a mean over tasks of JᵢᵀFᵢJᵢ; the mean has no single J.
 # notes.md derives them, and says what other papers do about 1 and 2.
-
 
 @dataclass
 class TaskData:
@@ -1028,6 +1027,9 @@ def check_environment(family: TaskFamily, config: Config) -> None:
     K, envs = config.rollouts, family.envs(config.rollouts)
     must(isinstance(envs, VectorEnv) and envs.num_envs == K,
          f"make_envs({K}) must return a Gymnasium VectorEnv of {K} copies")
+    copies = getattr(envs.unwrapped, "envs", [])
+    must(len({id(copy) for copy in copies}) == len(copies),
+         "make_envs gave one environment twice: make a new one for each copy")
     for space in (envs.single_observation_space, envs.single_action_space):
         must(isinstance(space, gym.spaces.Box) and space.shape != (0,) and (
             len(space.shape) == 1), f"a space must be a Box of one row of numbers, not "
@@ -1210,7 +1212,7 @@ WALKERS: dict[str, tuple[dict, Callable[[float, float], float]]] = {
 }
 
 
-class Walkers(VectorEnv):
+class Walkers(SyncVectorEnv):
     """K copies of one of Gymnasium's walkers, with one unseen task in the reward.
 
     The task is one number: a speed in m/s, or a direction, 1 or −1. Actions are clipped
@@ -1223,7 +1225,6 @@ class Walkers(VectorEnv):
                    45 % of the cheetah's steps, where no gradient can be felt.
     """
     UNIT = 10.0
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # `task_rollout` masks ends
 
     def __init__(self, name: str, num_envs: int, **more):
         try:
@@ -1236,21 +1237,16 @@ class Walkers(VectorEnv):
             lambda text: None if "settotalmass" in text else print(
                 f"MuJoCo: {text}", file=sys.stderr))
         body, self.earns = WALKERS[name]
-        self.copies = [gym.make(**body, **more).unwrapped for _ in range(num_envs)]
-        self.num_envs, self.task = num_envs, np.zeros(1)
-        one = self.copies[0]
-        set_spaces(self, one.observation_space, one.action_space)
-        angles, speeds = (one.observation_structure[part] for part in ("qpos", "qvel"))
-        self.scale = np.ones(one.observation_space.shape)
-        self.scale[angles:angles + speeds] = 1 / self.UNIT
-        self.obs = np.zeros(self.observation_space.shape)                       # (K, S)
+        super().__init__([lambda: gym.make(**body, **more).unwrapped] * num_envs,
+                         copy=False, autoreset_mode=AutoresetMode.DISABLED)
+        self.task, parts = np.zeros(1), self.envs[0].observation_structure
+        self.scale = np.ones(self.single_observation_space.shape)               # (S,)
+        self.scale[parts["qpos"]:parts["qpos"] + parts["qvel"]] = 1 / self.UNIT
 
     def reset(self, *, seed=None, options=None):
         """`options={"task": (v,)}` sets the task; without it the last one stays."""
         self.task = task_in(options, self.task)
-        seeds = seed if isinstance(seed, (list, tuple)) else [seed] * self.num_envs
-        for k, copy in enumerate(self.copies):
-            self.obs[k] = copy.reset(seed=seeds[k])[0]
+        self.obs, _ = super().reset(seed=seed)                                 # (K, S)
         self.ended = np.zeros(self.num_envs, bool)
         return self.obs * self.scale, {}
 
@@ -1259,14 +1255,10 @@ class Walkers(VectorEnv):
         actions = np.clip(np.asarray(actions, float), -1.0, 1.0)
         rewards = np.zeros(self.num_envs)
         for k in np.flatnonzero(~self.ended):
-            self.obs[k], costs, self.ended[k], _, info = self.copies[k].step(actions[k])
+            self.obs[k], costs, self.ended[k], _, info = self.envs[k].step(actions[k])
             rewards[k] = self.earns(info["x_velocity"], self.task[0]) + costs
         return (self.obs * self.scale, rewards, self.ended.copy(),
                 np.zeros(self.num_envs, bool), {})
-
-    def render(self):
-        """A picture of each copy."""
-        return [copy.render() for copy in self.copies]
 
 
 def walkers(name: str, highest: float | None = None) -> TaskFamily:

@@ -1273,10 +1273,22 @@ def test_render_draws_an_episode_before_and_one_after_adaptation(name, tmp_path)
     with Image.open(tmp_path / "a.gif") as gif:
         frames = np.array([np.asarray(frame.convert("RGB"), int)
                            for frame in ImageSequence.Iterator(gif)])
-    assert len(frames) == 2 and names_in(tmp_path) == ["a.gif"]
+    height = 2 * (240 if name == "point2d" else 168)                # two tasks
+    assert frames.shape[:2] == (2, height) and names_in(tmp_path) == ["a.gif"]
     left, right = np.split(frames[:, 20:], 2, axis=2)               # below the titles
     assert np.abs(left[-1] - left[0]).sum() > 0                     # something moves
     assert np.abs(left[-1] - right[-1]).sum() > 0                   # and adapts
+
+
+def test_picture_of_the_plane_has_y_upwards():
+    envs = mt.Point2D(1)
+    envs.reset(options={"task": [0.3, 0.5]})
+    envs.step(np.array([[-1.0, 1.0]]))
+    picture = mt.plane_picture(envs)
+    for (x, y), there in (((0.3, 0.5), True), ((0.3, -0.5), False),
+                          ((-0.1, 0.1), True), ((-0.1, -0.1), False)):
+        pixel = picture[round(120 * (1 - y / 0.75)), round(120 * (1 + x / 0.75))]
+        assert (pixel < 255).any() == there
 
 
 # %% Section 11: the command line, end to end
@@ -1840,9 +1852,11 @@ def test_environments_own_error_keeps_its_traceback():
 
 
 def test_family_that_breaks_its_promises_is_refused_in_one_sentence():
-    """Among them the likeliest one: tasks that are no rows."""
+    """Among them the likeliest two: one environment K times, tasks that are no rows."""
+    one = toy_family().make_envs(1).envs[0]
     for changes, words in (
             (dict(make_envs=lambda K: mt.Point2D(3)), "VectorEnv of 2"),
+            (dict(make_envs=lambda K: SyncVectorEnv([lambda: one] * K)), "same|each"),
             (dict(sample_tasks=lambda rng, M: rng.uniform(size=M)), "rows? of numbers"),
             (dict(test_tasks=lambda n: np.zeros(n)), "rows? of numbers"),
             (dict(horizon=9), "9.*4")):
