@@ -1283,7 +1283,7 @@ TASKS: dict[str, TaskFamily] = {family.name: family for family in (
 
 
 POINT2D = dict(
-    iterations=(60, "ours; authors' code 100, paper up to 500"),
+    iterations=(60, "ours, 2 minutes; authors' code 100, paper up to 500"),
     meta_batch_size=(20, "paper"), rollouts=(20, "paper"), horizon=(100, "paper"),
     alpha=(0.1, "paper; its figure's run 0.5"), eval_episodes=(40, "paper"),
     gamma=(0.99, "authors' code"), lam=(0.9, "ours; authors' code 1"),
@@ -1303,10 +1303,12 @@ ANTS = LOCOMOTION | dict(         # less noise in the inner gradient: figures/RE
     lam=(0.8, "ours; authors' code 1"), hvp=("gauss-newton", "ours; paper differences"))
 PRESETS: dict[str, dict[str, tuple[Any, str]]] = {     # task → field → (value, source)
     "point2d": POINT2D,
-    "cheetah-vel": LOCOMOTION | dict(iterations=(100, "ours; authors' code 475")),
-    "cheetah-dir": LOCOMOTION,
+    "cheetah-vel": LOCOMOTION | dict(
+        iterations=(100, "ours, 25 minutes; authors' code 475")),
+    "cheetah-dir": LOCOMOTION | dict(
+        iterations=(200, "ours, 50 minutes; authors' code 100, paper up to 500")),
     "ant-vel": ANTS | dict(meta_batch_size=(10, "ours; paper 40")),
-    "ant-dir": ANTS | dict(iterations=(120, "ours; authors' code 575"),
+    "ant-dir": ANTS | dict(iterations=(120, "ours, 35 minutes; authors' code 575"),
                            meta_batch_size=(2, "ours, both directions; paper 40"),
                            rollouts=(40, "paper"),
                            eval_episodes=(40, "paper, as in training")),
