@@ -88,7 +88,7 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
@@ -968,15 +968,6 @@ def check_config(config: Config) -> None:
                        f"{config.iterations}")
 
 
-def check_size(config: Config) -> None:
-    """Raise BadInput if the sizes together are beyond any memory."""
-    steps = config.horizon * max(config.meta_batch_size * config.rollouts,
-                                 config.eval_tasks * config.eval_episodes)
-    if steps > 10**8:
-        raise BadInput(f"horizon × rollouts × meta_batch_size and horizon × "
-                       f"eval_episodes × eval_tasks are at most 10**8, not {steps}")
-
-
 SMALLER = "try a smaller --alpha, --eval-alpha or --max-kl"
 
 
@@ -1327,10 +1318,8 @@ def complete(config: Config) -> Config:
     if config.method == "random":
         values["iterations"] = 0
     values["workers"] = available_cores()
-    config = dataclasses.replace(config, **{
+    return dataclasses.replace(config, **{
         name: value for name, value in values.items() if getattr(config, name) is None})
-    check_size(config)
-    return config
 
 
 class TaskObserved(gym.vector.VectorObservationWrapper):
@@ -1353,14 +1342,6 @@ class TaskObserved(gym.vector.VectorObservationWrapper):
         return np.concatenate([obs, task], axis=1, dtype=obs.dtype)
 
 
-@functools.lru_cache
-def with_task_observed(family: TaskFamily) -> TaskFamily:
-    """The same tasks for `--method oracle`: the policy is told which one it is in."""
-    task_size = np.shape(family.test_tasks(1))[1]
-    return dataclasses.replace(
-        family, make_envs=lambda K: TaskObserved(family.make_envs(K), task_size))
-
-
 def set_spaces(envs: VectorEnv, observation: gym.Space, action: gym.Space) -> None:
     """Give a vector environment its spaces, of one copy and of all."""
     batch = gym.vector.utils.batch_space
@@ -1372,7 +1353,11 @@ def set_spaces(envs: VectorEnv, observation: gym.Space, action: gym.Space) -> No
 def family_of(config: Config, family: TaskFamily | None = None) -> TaskFamily:
     """`family`, or TASKS[config.task]; for the oracle with the task observed."""
     family = family or TASKS[config.task]
-    return with_task_observed(family) if config.method == "oracle" else family
+    if config.method != "oracle":
+        return family
+    task_size = np.shape(family.test_tasks(1))[1]
+    return dataclasses.replace(
+        family, make_envs=lambda K: TaskObserved(family.make_envs(K), task_size))
 
 
 def make_policy(family: TaskFamily, config: Config) -> GaussianPolicy:
@@ -1527,11 +1512,6 @@ def settings_of(config: Config) -> dict[str, Any]:
             if name != "workers"}
 
 
-def write_config(path: Path, config: Config) -> None:
-    """A run's settings, for people and for --compare."""
-    write_atomically(path, json.dumps(settings_of(config), indent=1).encode() + b"\n")
-
-
 def save_checkpoint(path: Path, config: Config, state: TrainState) -> None:
     """The whole state, self-describing, atomically."""
     data = io.BytesIO()                 # into memory: a full disk is then an OSError
@@ -1634,10 +1614,8 @@ PALETTE = {"maml": "#1f6fb4", "pretrained": "#d95f02", "random": "#7f7f7f",
 
 def new_figure(columns: int = 1, width: float = 6.4, height: float = 4.0):
     """A figure and its axes, made without any window system."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -1814,7 +1792,7 @@ def filmed(task: str, path: Path) -> Filmed:
 
 
 def render_gif(path: Path, config: Config, theta: Tensor, every: int = 4) -> None:
-    """Two held-out tasks, one above the other: an episode with θ beside one with θ′."""
+    """Of each of two held-out tasks an episode with θ and one with θ′, side by side."""
     from PIL import Image, ImageDraw
     family, camera = family_of(config), filmed(config.task, path)
     policy = make_policy(family, config)
@@ -1832,13 +1810,11 @@ def render_gif(path: Path, config: Config, theta: Tensor, every: int = 4) -> Non
     pictures = []
     for t in range(max(len(shown) for _, shown in panels)):
         now = [shown[min(t, len(shown) - 1)] for _, shown in panels]
-        pictures.append(Image.fromarray(np.vstack([np.hstack(now[:2]),
-                                                   np.hstack(now[2:])])))
+        pictures.append(Image.fromarray(np.hstack(now)))
         for k, (title, _) in enumerate(panels):
-            height, width, _ = now[k].shape
             ImageDraw.Draw(pictures[-1]).text(
-                (8 + k % 2 * width, 6 + k // 2 * height), title, fill="black",
-                stroke_width=2, stroke_fill="white")
+                (6 + k * now[k].shape[1], 6), title, fill="black", stroke_width=2,
+                stroke_fill="white")
     gif = io.BytesIO()
     pictures[0].save(gif, format="GIF", save_all=True, append_images=pictures[1:],
                      loop=0, duration=50 * every)
@@ -1851,53 +1827,44 @@ EVALUATION_FLAGS = ("eval_tasks", "eval_episodes", "eval_steps", "eval_alpha", "
                     "workers", "evaluate", "best", "out", "compare", "task", "render")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are BadInput: one sentence, exit status 2."""
-
-    def error(self, message: str):
-        raise BadInput(f"{message} (--help lists every setting)")
-
-
 def whole_numbers(text: str) -> tuple[int, ...]:
     """"100,100" → (100, 100)."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list such as 100,100") from None
+    return tuple(int(part) for part in text.split(","))
 
 
-def help_of(f: dataclasses.Field) -> str:
-    """A setting's help: what it is, its choices, its default or the tasks' presets."""
-    choices = PRESETS if f.name == "task" else f.metadata["choices"]
-    text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-    if f.default is not None:
-        text += f"; default {f.default}"
-    tasks_of: dict[str, list[str]] = {}
-    for task, preset in PRESETS.items():
-        if f.name in preset:
-            value, source = preset[f.name]
-            tasks_of.setdefault(f"{value} ({source})", []).append(task)
-    for value, tasks in tasks_of.items():
-        text += f"; {', '.join(tasks)}: {value}"
-    return text.replace("%", "%%")
+def build_parser() -> argparse.ArgumentParser:
+    """Every field of Config is a flag; flags may be shortened while they are unique.
 
+    A complaint is BadInput. Help says what a setting is, its choices, and its default
+    or the tasks' presets.
+    """
+    def complain(message: str):
+        raise BadInput(f"{message} (--help lists every setting)")
 
-def build_parser() -> Parser:
-    """Every field of Config is a flag; flags may be shortened while they are unique."""
-    parser = Parser(prog="maml_trpo.py",
-                    description="MAML-TRPO: meta-train, evaluate, draw, compare.")
+    parser = argparse.ArgumentParser(
+        prog="maml_trpo.py", description="MAML-TRPO: meta-train, evaluate, draw, "
+        "compare.", argument_default=argparse.SUPPRESS)
+    parser.error = complain
     for f in dataclasses.fields(Config):
+        choices = PRESETS if f.name == "task" else f.metadata["choices"]
+        text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+        text += "" if f.default is None else f"; default {f.default}"
+        tasks_of: dict[str, list[str]] = {}
+        for task, preset in PRESETS.items():
+            if f.name in preset:
+                value, source = preset[f.name]
+                tasks_of.setdefault(f"{value} ({source})", []).append(task)
+        text += "".join(f"; {', '.join(tasks)}: {x}" for x, tasks in tasks_of.items())
         kind = f.type.split()[0]
         how = dict(action="store_true") if kind == "bool" else dict(
             type=dict(int=int, float=float, str=str, tuple=whole_numbers)[kind],
             metavar=dict(int="N", float="X", str="NAME", tuple="N,N")[kind])
-        parser.add_argument("--" + f.name.replace("_", "-"), help=help_of(f),
-                            default=argparse.SUPPRESS, **how)
-    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
+        parser.add_argument("--" + f.name.replace("_", "-"), **how,
+                            help=text.replace("%", "%%"))
+    add = parser.add_argument
     add("--out", type=Path, metavar="DIR",
         help="where the run writes; default: the next free runs/TASK-METHOD-seedS")
-    add("--resume", action="store_true", help="go on from DIR's checkpoint")
+    add("--resume", action="store_true", help="go on from --out DIR's checkpoint")
     add("--init", type=Path, metavar="FILE",
         help="start from another run's last θ, its std included")
     add("--evaluate", type=Path, metavar="FILE",
@@ -1922,31 +1889,26 @@ def say(*text: str) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
-def open_folder(out: Path | None, name: str, resume: bool) -> Path:
-    """Make the run's folder, or with `resume` find it; BadInput if it holds another.
+def new_folder(out: Path | None, name: str) -> Path:
+    """Make a run's folder; BadInput if it already holds a run.
 
     Without `out`: the next free of runs/NAME, NAME-2, …. To make it is to take it, so
     two runs started together get two folders.
     """
     folder, number = out or Path("runs") / name, 1
-    if resume and not out and Path(f"{folder}-2").exists():
-        raise BadInput(f"--resume: there are several {folder}…: name one, --out")
-    if resume and not folder.is_dir():
-        raise BadInput(f"--resume: there is no folder {folder}")
-    while not out and not resume:
+    while True:
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=bool(out))
             break
         except FileExistsError:
+            if out:
+                raise
             number += 1
             folder = Path("runs") / f"{name}-{number}"
-    folder.mkdir(parents=True, exist_ok=True)
-    there = [file for file in RUN_FILES if (folder / file).exists()]
-    if there and not resume:
-        raise BadInput(f"{folder} already holds a run ({there[0]}): add --resume to go "
-                       f"on with it, or choose another --out")
-    if resume and there and "checkpoint.pt" not in there:
-        raise BadInput(f"--resume: {folder} holds {there[0]}, but no checkpoint.pt")
+    for file in RUN_FILES:
+        if (folder / file).exists():
+            raise BadInput(f"{folder} already holds a run ({file}): add --resume to go "
+                           f"on with it, or choose another --out")
     return folder
 
 
@@ -1982,20 +1944,19 @@ def train_in_folder(config: Config, folder: Path, state: TrainState) -> TrainSta
     """Train, with a checkpoint, a CSV row and a printed line after every iteration."""
     states = [state]
 
-    def after_iteration(state: TrainState) -> None:
-        states[0], row = state, state.rows[-1]
+    def keep(state: TrainState) -> None:
+        states[0] = state
         if first_rank():
-            with open(folder / "progress.csv", "a", newline="", encoding="utf-8") as f:
-                csv.writer(f).writerow(row.values())
             save_checkpoint(folder / "checkpoint.pt", config, state)
-            recent = np.median([r["seconds_total"] for r in state.rows[-10:]])
-            say(progress_line(row, config.iterations, recent))
+            write_csv(folder / "progress.csv", PROGRESS_COLUMNS,
+                      [row.values() for row in state.rows])
 
-    if first_rank():
-        save_checkpoint(folder / "checkpoint.pt", config, state)
-        write_config(folder / "config.json", config)
-        write_csv(folder / "progress.csv", PROGRESS_COLUMNS,
-                  [row.values() for row in state.rows])
+    def after_iteration(state: TrainState) -> None:
+        keep(state)
+        recent = np.median([row["seconds_total"] for row in state.rows[-10:]])
+        say(progress_line(state.rows[-1], config.iterations, recent))
+
+    keep(state)
     if state.iteration < config.iterations:
         say(PROGRESS_HEADER)
     train_maml(config, start=state, after_iteration=after_iteration)
@@ -2010,7 +1971,8 @@ def report(config: Config, folder: Path, state: TrainState, theta: Tensor, which
     table = evaluate(config, theta)
     if not first_rank():
         return
-    write_config(folder / "config.json", config)
+    write_atomically(folder / "config.json", json.dumps(
+        settings_of(config), indent=1).encode() + b"\n")
     write_evaluation(folder / "evaluation.csv", config.method, table)
     tables = [(f"{config.method}, {which}", table)]
     for other in compare:
@@ -2035,9 +1997,7 @@ def to_evaluate(options: dict[str, Any], given: dict) -> tuple[Config, TrainStat
     if given.get("task", config.task) != config.task:
         raise BadInput(f"{options['evaluate']} is of {config.task}, not of "
                        f"{given['task']}")
-    config = dataclasses.replace(config, **given)
-    check_size(config)
-    return config, state
+    return dataclasses.replace(config, **given), state
 
 
 def start_from(path: Path, config: Config, start: TrainState) -> TrainState:
@@ -2060,25 +2020,25 @@ def prepare(options: dict[str, Any], held: ExitStack,
     """
     given = {f.name: options[f.name] for f in dataclasses.fields(Config)
              if f.name in options}
-    resume, out, state = options.get("resume", False), options.get("out"), None
-    if "evaluate" in options:
-        config, state = to_evaluate(options, given)
-        name = f"{config.task}-{config.method}-evaluated"
-    else:
-        config = complete(Config(**given))
-        name = f"{config.task}-{config.method}-seed{config.seed}"
-    if resume:
-        folder = open_folder(out, name, True)
-        held.enter_context(locked(folder))
-        if (folder / "checkpoint.pt").exists():         # otherwise it had not yet begun
-            config, state = resumed(folder, given)
+    resume, out, folder = "resume" in options, options.get("out"), None
     for flag, wrong, why in (
+            ("resume", not (out and out.is_dir()),
+             f"or name the folder of a run with --out, not {out}"),
             ("best", "evaluate" not in options, "it goes with --evaluate FILE"),
-            ("init", state or config.method == "random",
+            ("init", resume or given.get("method") == "random",
              "it is for a run that trains and has not begun")):
         if flag in options and wrong:
             raise BadInput(f"--{flag}: leave it out, {why}")
-    if state is None:
+    if "evaluate" in options:
+        config, state = to_evaluate(options, given)
+        name = f"{config.task}-{config.method}-evaluated"
+    elif resume and (out / "checkpoint.pt").exists():   # otherwise it had not yet begun
+        folder = out
+        held.enter_context(locked(folder))
+        config, state = resumed(folder, given)
+    else:
+        config = complete(Config(**given))
+        name = f"{config.task}-{config.method}-seed{config.seed}"
         state = TrainState.initial(make_policy(family_of(config), config), config)
         if "init" in options:
             state = start_from(options["init"], config, state)
@@ -2090,8 +2050,8 @@ def prepare(options: dict[str, Any], held: ExitStack,
         read_evaluation(other, config.task)
     if "render" in options:                  # find out now, not after the training
         filmed(config.task, options["render"])
-    if not resume:
-        folder = open_folder(out, name, False)
+    if not folder:
+        folder = new_folder(out, name)
         held.enter_context(locked(folder))
     return config, folder, state
 
@@ -2122,8 +2082,8 @@ def run(options: dict[str, Any]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: → exit status (0 done, 1 failed, 2 bad input, 130 Ctrl-C)."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):      # a terminal that cannot show θ gets ?
-            stream.reconfigure(errors="replace")
+        with suppress(AttributeError, ValueError):     # there is none, or it is closed
+            stream.reconfigure(errors="replace")    # where θ cannot be shown: ?
 
     def fail(status: int, message: object) -> int:
         print(f"maml_trpo.py: {message}", file=sys.stderr)
