@@ -7,8 +7,6 @@ A word with an equals sign is a setting: `out` is the folder to write to (defaul
 one), every other name is an argument of the command or a field of `Config`. The program
 itself never imports this file.
 """
-from __future__ import annotations
-
 import ast
 import csv
 import json
@@ -17,11 +15,13 @@ import resource
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
+from gymnasium.wrappers.vector import TransformReward
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -31,6 +31,21 @@ import maml_trpo as mt  # noqa: E402  (found only now that the folder above is s
 # %% What several commands need
 
 
+def loaded(start, **settings):
+    """Config, family, policy and state of a checkpoint, or of a task before training.
+
+    `start` is a file or a task's name; the settings take the place of the config's.
+    """
+    if start in mt.TASKS:
+        config, state = mt.Config(task=start), None
+    else:
+        config, state = mt.load_checkpoint(Path(start))
+    config = mt.complete(replace(config, **settings))
+    family = mt.family_of(config)
+    policy = mt.make_policy(family, config)
+    return config, family, policy, state or mt.TrainState.initial(policy, config)
+
+
 def sampled(config: mt.Config, theta: torch.Tensor, tasks: int):
     """The policy, and data of new tasks, sampled with θ and with each task's θ′."""
     family, key = mt.family_of(config), (config.seed, 10**6)    # no iteration's own key
@@ -38,19 +53,6 @@ def sampled(config: mt.Config, theta: torch.Tensor, tasks: int):
     drawn = family.sample_tasks(mt.random_stream(*key), tasks)
     return policy, [mt.sample_task_data(policy, theta, family, task, config, (*key, m))
                     for m, task in enumerate(drawn)]
-
-
-def in_float64(policy, theta: torch.Tensor, data: list, alpha: float):
-    """θ and the same data in float64, with the old policy computed again from them."""
-    def wide(trajectories):
-        return mt.Trajectories(*(x.double() for x in vars(trajectories).values()))
-
-    theta, converted = theta.double(), []
-    for one in data:
-        inner, outer = [wide(step) for step in one.inner], wide(one.outer)
-        phi = mt.adapt(policy, theta, inner, alpha, False).detach()
-        converted.append(mt.TaskData(inner, outer, policy.distribution(phi, outer.obs)))
-    return theta, converted
 
 
 def product(policy, theta: torch.Tensor, data: list, config: mt.Config, **settings):
@@ -66,10 +68,21 @@ def product(policy, theta: torch.Tensor, data: list, config: mt.Config, **settin
     return look_up
 
 
-def judge(policy, theta: torch.Tensor, data: list, config: mt.Config):
-    """The exact product, and the mean meta-gradient g."""
-    return product(policy, theta, data, config, hvp="gauss-newton"), mt.mean_over_tasks(
-        lambda one: mt.meta_gradient(policy, theta, one, config.alpha), data)
+def in_float64(policy, theta: torch.Tensor, data: list, config: mt.Config):
+    """θ and the data in float64, and from them the exact product and the mean g.
+
+    The old policy of each task is computed again in float64, too.
+    """
+    theta, converted = theta.double(), []
+    for one in data:
+        *inner, outer = [mt.Trajectories(*(x.double() for x in vars(step).values()))
+                         for step in (*one.inner, one.outer)]
+        phi = mt.adapt(policy, theta, inner, config.alpha, False).detach()
+        converted.append(mt.TaskData(inner, outer, policy.distribution(phi, outer.obs)))
+    exact = product(policy, theta, converted, config, hvp="gauss-newton")
+    g = mt.mean_over_tasks(
+        lambda one: mt.meta_gradient(policy, theta, one, config.alpha), converted)
+    return (theta, converted), exact, g
 
 
 # %% fd-error: how wrong a finite difference is
@@ -87,9 +100,7 @@ def fd_error(words, out, iterations=12, tasks=4, **settings):
         config = mt.complete(mt.Config(activation=activation, iterations=after,
                                        **settings))
         theta, _ = mt.train_maml(config)
-        with mt.one_thread_each():
-            for row in fd_errors(config, theta, tasks):
-                rows.append((activation, after, *row))
+        rows += [(activation, after, *row) for row in fd_errors(config, theta, tasks)]
     mt.write_csv(out / "fd-error.csv", (
         "activation", "iterations", "dtype", "difference", "step", "error"), rows)
     figure, _ = mt.new_figure(1, 8.0, 6.4)
@@ -107,14 +118,12 @@ def fd_error(words, out, iterations=12, tasks=4, **settings):
 def fd_errors(config: mt.Config, theta: torch.Tensor, tasks: int):
     """Yields (dtype, difference, step, error), and the authors' moves in one CG."""
     policy, data = sampled(config, theta, tasks)
-    problems = {"float32": (theta, data),
-                "float64": in_float64(policy, theta, data, config.alpha)}
-    exact, g = judge(policy, *problems["float64"], config)
+    in_64, exact, g = in_float64(policy, theta, data, config)
 
     def error(x):
         return float((x.double() - exact(g)).norm() / exact(g).norm())
 
-    for dtype, problem in problems.items():
+    for dtype, problem in (("float32", (theta, data)), ("float64", in_64)):
         v = g.to(problem[0].dtype)
         for step in np.geomspace(1e-6, 1, 13):
             one_sided = product(policy, *problem, config, hvp="finite-difference",
@@ -163,15 +172,13 @@ def cg(words, out, tasks=20, most=15, name="cg", **settings):
     float64, whichever product CG used: of the tasks whose g and H made x, and of other
     tasks. Two panels: the run's first θ and its last. `name` names the files.
     """
-    config, state = mt.load_checkpoint(
-        Path(words[0] if words else HERE / "point2d-seed0" / "checkpoint.pt"))
-    config, rows = replace(config, **settings), []
-    policy = mt.make_policy(mt.family_of(config), config)
+    start, *_ = words or [HERE / "point2d-seed0" / "checkpoint.pt"]
+    config, _, policy, state = loaded(start, **settings)
     thetas = {"the first θ": mt.TrainState.initial(policy, config).theta,
               f"θ after {state.iteration} meta-iterations": state.theta}
-    with mt.one_thread_each():
-        for title, theta in thetas.items():
-            rows += [(title, *row) for row in cg_progress(config, theta, tasks, most)]
+    rows = []
+    for title, theta in thetas.items():
+        rows += [(title, *row) for row in cg_progress(config, theta, tasks, most)]
     mt.write_csv(out / f"{name}.csv", ("theta", "product", "judged_on", "iterations",
                                        "progress"), rows)
     figure, axes = mt.new_figure(2, 8.6, 4.2)
@@ -192,10 +199,9 @@ def cg_progress(config: mt.Config, theta: torch.Tensor, tasks: int, most: int):
     """Yields (product, tasks it is judged on, iterations of CG, progress)."""
     policy, data = sampled(config, theta, tasks)
     _, others = sampled(replace(config, seed=config.seed + 1000), theta, tasks)
-    in_64 = in_float64(policy, theta, data, config.alpha)
-    judges = {"the same tasks": judge(policy, *in_64, config), "other tasks": judge(
-        policy, *in_float64(policy, theta, others, config.alpha), config)}
-    g = judges["the same tasks"][1]
+    in_64, exact, g = in_float64(policy, theta, data, config)
+    _, *others_judge = in_float64(policy, theta, others, config)
+    judges = {"the same tasks": (exact, g), "other tasks": others_judge}
     for label, (hvp, dtype) in CG_CURVES.items():
         problem = in_64 if dtype == torch.float64 else (theta, data)
         multiply = product(policy, *problem, config, hvp=hvp)
@@ -215,20 +221,18 @@ def costs(words, out, repeats=40, **settings):
     """What each Hessian-vector product costs on one task (1 minute; printed)."""
     config = mt.complete(mt.Config(**dict(iterations=0, workers=1) | settings))
     theta, _ = mt.train_maml(config)
-    policy, (data,) = sampled(config, theta, 1)
-    task = policy, theta, data, config.alpha
-    v, graphs = mt.meta_gradient(*task), mt.keep_graphs(*task)
-    kl = lambda t: mt.surrogate_and_kl(policy, t, data, config.alpha)[1]   # noqa: E731
-    functions = {
-        "difference": lambda: mt.hessian_vector_product(
-            lambda t: mt.gradient(kl, t), theta, v),
-        "double backprop": lambda: mt.double_backprop_product(kl, theta, v),
-        "Gauss–Newton, graphs kept": lambda: mt.gauss_newton_product(
-            policy, theta, data, v, config.alpha, graphs),
-        "making these graphs, once for all of CG": lambda: mt.keep_graphs(*task)}
-    with mt.one_thread_each():
-        times = interleaved(functions, repeats)
-    print(f"| one task, {int(data.outer.mask.sum()):,} samples, {theta.dtype}, one "
+    policy, data = sampled(config, theta, 1)
+    one = policy, theta, data[0], config.alpha
+    v = mt.meta_gradient(*one)
+    functions = {}
+    for name, hvp in (("difference", "finite-difference"),
+                      ("double backprop", "double-backprop"),
+                      ("Gauss–Newton, graphs kept", "gauss-newton")):
+        multiply = mt.kl_hessian_product(policy, theta, data, replace(config, hvp=hvp))
+        functions[name] = partial(multiply, v)
+    functions["making these graphs, once for all of CG"] = partial(mt.keep_graphs, *one)
+    times = interleaved(functions, repeats)
+    print(f"| one task, {int(data[0].outer.mask.sum()):,} samples, {theta.dtype}, one "
           "thread | ms | over one difference |\n|---|---|---|")
     for name, t in times.items():
         print(f"| {name} | {1e3 * t:.1f} | {t / times['difference']:.2f} |")
@@ -250,9 +254,9 @@ def one_process(words, out, **settings):
     with mt.process_group():
         _, rows = mt.train_maml(mt.Config(**settings))
     peak = 1.024e-6 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux: KiB
-    print(json.dumps({"gigabytes": peak} | {
-        name.removeprefix("seconds_"): float(np.median([row[name] for row in rows[1:]]))
-        for name in rows[0] if name.startswith("seconds")}), flush=True)
+    medians = {name: float(np.median([row[name] for row in rows[1:]]))
+               for name in rows[0]}
+    print(json.dumps(medians | {"gigabytes": peak}), flush=True)
 
 
 def print_iterations(title: str, ways=("1 worker", "2 workers", "2 ranks"), **settings):
@@ -266,11 +270,11 @@ def print_iterations(title: str, ways=("1 worker", "2 workers", "2 ranks"), **se
             stdout=subprocess.PIPE, check=True, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
         found = [json.loads(line) for line in printed.splitlines() if line[0] == "{"]
-        parts = " + ".join(f"{part} {found[0][part]:.2f}" for part in
+        parts = " + ".join(f"{part} {found[0]['seconds_' + part]:.2f}" for part in
                            ("sampling", "gradient", "cg", "line_search"))
         peak = " + ".join(f"{one['gigabytes']:.2f}" for one in found)
-        print(f"  {title:17} {way:9} {found[0]['total']:6.2f} s = {parts}; at most "
-              f"{peak} GB", flush=True)
+        print(f"  {title:17} {way:9} {found[0]['seconds_total']:6.2f} s = {parts}; "
+              f"at most {peak} GB", flush=True)
 
 
 def benchmark(words, out, **settings):
@@ -288,29 +292,13 @@ def benchmark(words, out, **settings):
     print_iterations("cheetah-dir", task="cheetah-dir", iterations=4, horizon=100,
                      meta_batch_size=20)
     a, b = torch.randn(2000, 100), torch.randn(100, 100)
-    with mt.one_thread_each():
-        seconds = interleaved({"product": lambda: [a @ b for _ in range(20)]}, 50)
+    seconds = interleaved({"product": lambda: [a @ b for _ in range(20)]}, 50)
     print("A product (2000×100)·(100×100) in float32, one core: "
           f"{20 * 2 * 2000 * 100 * 100 / seconds['product'] / 1e9:.0f} GFLOP/s")
     costs([], out)
 
 
 # %% what-matters: what a choice does to the result
-
-
-class SquaredPoint2D(mt.Point2D):
-    """Point2D with the paper's reward, the squared distance."""
-
-    def step(self, actions):
-        obs, reward, *rest = super().step(actions)
-        return obs, -reward ** 2, *rest
-
-
-class NoBaseline(mt.LinearBaseline):
-    """What fitting after use means for a new task: its first baseline is 0."""
-
-    def predict(self, obs):
-        return 0 * super().predict(obs)
 
 
 CHOICES = {       # name → settings, and functions that take the place of maml_trpo's
@@ -321,9 +309,13 @@ CHOICES = {       # name → settings, and functions that take the place of maml
     "λ 1 (authors' code)": dict(lam=1.0),
     "10 iterations of CG": dict(cg_iterations=10),
     "two inner steps": dict(inner_steps=2),
-    "reward: squared distance (paper)": dict(Point2D=SquaredPoint2D),
+    "reward: squared distance (paper)": dict(TASKS=mt.TASKS | {"point2d": replace(
+        mt.TASKS["point2d"], make_envs=lambda K: TransformReward(
+            mt.Point2D(K), lambda reward: -reward**2))}),
     "α 0.5 (authors' run)": dict(alpha=0.5),
-    "baseline 0 (fit after use)": dict(LinearBaseline=NoBaseline),
+    "baseline 0 (fit after use)": dict(     # a new task has no earlier episodes to fit
+        gae=lambda rew, values, mask, gamma, lam: mt.discounted_returns(
+            rew * mask, gamma * lam) * mask),
     "raw advantages, α 0.02": dict(alpha=0.02, standardise=lambda adv, mask: adv),
 }
 CHOICE_COLUMNS = ("choice", "seed", "return_0", "return_1", "return_2", "return_3",
@@ -336,9 +328,10 @@ def what_matters(words, out, seeds=(0, 1, 2), **settings):
     Words: some of the choices (default: all). A row that stands in the CSV with the
     same settings is not computed again; `seeds=3,4` takes other seeds.
     """
-    path, shown = out / "what-matters.csv", []
+    path, shown = out / "what-matters.csv", {}
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    rows = [tuple(row) for row in csv.reader(text.splitlines())][1:]
+    known = {(row[0], row[1], row[-1]): row
+             for row in list(csv.reader(text.splitlines()))[1:]}
     for name in words or CHOICES:
         if name not in CHOICES:
             raise mt.BadInput(f"unknown choice {name!r}: take {', '.join(CHOICES)}")
@@ -347,28 +340,23 @@ def what_matters(words, out, seeds=(0, 1, 2), **settings):
                     if not hasattr(mt.Config, key)}
         for seed in seeds:
             config = mt.complete(mt.Config(**settings | changes | dict(seed=seed)))
-            fields = json.dumps(mt.settings_of(config))
-            known = [row for row in rows
-                     if (row[0], row[1], row[-1]) == (name, str(seed), fields)]
-            if not known:
+            key = (name, str(seed), json.dumps(mt.settings_of(config)))
+            if key not in known:
                 numbers = [f"{x:.4g}" for x in train_with(config, replaced)]
                 print(name, seed, *numbers, flush=True)
-                known = [(name, str(seed), *numbers, fields)]
-                rows += known
-                mt.write_csv(path, CHOICE_COLUMNS, rows)
-            shown += known
+                known[key] = [*key[:2], *numbers, key[2]]
+                mt.write_csv(path, CHOICE_COLUMNS, list(known.values()))
+            shown.setdefault(name, []).append(known[key])
     print_choices(shown)
 
 
 def train_with(config: mt.Config, replaced: dict) -> tuple[float, ...]:
     """Returns after 0 to 3 steps, steps skipped, last std, seconds an iteration."""
-    family = mt.TASKS[config.task]
-    if "Point2D" in replaced:               # in training; evaluation keeps its reward
-        family = replace(family, make_envs=replaced["Point2D"])
+    family = mt.TASKS[config.task]            # evaluation keeps the reward as it was
     with mock.patch.dict(vars(mt), replaced):
         try:
-            theta, rows = mt.train_maml(config, family)
-            returns = mt.evaluate(config, theta).mean(0)
+            theta, rows = mt.train_maml(config)
+            returns = mt.evaluate(config, theta, family).mean(0)
         except mt.Diverged:
             return (np.nan,) * 7
     skipped = sum(row["line_search_steps"] == 0 for row in rows)
@@ -376,15 +364,14 @@ def train_with(config: mt.Config, replaced: dict) -> tuple[float, ...]:
     return (*returns, skipped, rows[-1]["std_mean"], seconds)
 
 
-def print_choices(rows: list) -> None:
+def print_choices(shown: dict[str, list]) -> None:
     """The table for README.md: means over the seeds, and each seed after one step."""
     print("\n| choice | seeds | 0 steps | 1 | 2 | 3 | after 1 step, seed by seed "
           "| skipped |\n" + "|---" * 8 + "|")
-    for name in dict.fromkeys(row[0] for row in rows):
-        mine = [row for row in rows if row[0] == name]
-        numbers = np.array([[float(x) for x in row[2:7]] for row in mine])
+    for name, rows in shown.items():
+        numbers = np.array([row[2:7] for row in rows], float)
         means = " | ".join(f"{x:.2f}" for x in numbers[:, :4].mean(0))
-        print(f"| {name} | {', '.join(row[1] for row in mine)} | {means} | "
+        print(f"| {name} | {', '.join(row[1] for row in rows)} | {means} | "
               + ", ".join(f"{x:.2f}" for x in numbers[:, 1])
               + f" | {numbers[:, 4].sum():.0f} |")
 
@@ -416,7 +403,11 @@ def seeds(words, out, name=None):
         print(f"| {label} | " + " | ".join(f"{x:.2f}" for x in row) + " |")
     figure, axes = mt.new_figure(len(steps), 2.3 * len(steps), 3.4)
     for k, ax in enumerate(axes):
-        draw_seeds(ax, per_seed[:, k], interval[:, k])
+        returns, mean = per_seed[:, k], per_seed[:, k].mean()
+        ax.plot(np.linspace(-0.25, 0.25, len(returns)), returns, "o", alpha=0.45,
+                label="a seed")
+        ax.errorbar(0, mean, yerr=np.abs(interval[:, [k]] - mean), capsize=5,
+                    marker="_", markersize=18, color="black", label="mean, 95 %")
         if k < len(paper):
             ax.axhline(paper[k], color="#c00000", linestyle="--", label="paper")
         ax.set(xticks=[], xlim=(-0.5, 0.5), title=f"{k} step" + "s" * (k != 1))
@@ -426,39 +417,27 @@ def seeds(words, out, name=None):
     figure.savefig(out / f"{name or task + '-seeds'}.png")
 
 
-def draw_seeds(ax, returns, interval) -> None:
-    """One number of steps, on a scale of its own."""
-    mean = returns.mean()
-    ax.plot(np.linspace(-0.25, 0.25, len(returns)), returns, "o", alpha=0.45,
-            label="a seed")
-    ax.errorbar(0, mean, yerr=np.abs(interval[:, None] - mean), capsize=5, marker="_",
-                markersize=18, color="black", label="mean, 95 %")
-
-
 def time_to_result(words, out, every=2, first=10, **settings):
-    """Seconds until the return after one step passes -15, -13, -12 (minutes; CSV).
+    """Seconds until the return after one step passes -15, -13, -12 (minutes; printed).
 
     Words: seeds (default: 0 1 2). On the paper's goals, every second iteration after
     the tenth, outside of progress.csv's clock. Nothing else may run meanwhile.
     """
-    rows = []
     for seed in [int(word) for word in words] or range(3):
         config = mt.complete(mt.Config(**settings | dict(seed=seed)))
+        marks = [-15, -13, -12]
 
         def look(state):
             if state.iteration > first and (state.iteration - first) % every == 0:
                 returns = mt.evaluate(replace(config, eval_steps=1), state.theta)
                 seconds = sum(row["seconds_total"] for row in state.rows)
-                rows.append((seed, state.iteration, seconds, *returns.mean(0).tolist()))
+                while marks and returns.mean(0)[-1] > marks[0]:
+                    print(f"seed {seed}: {marks.pop(0)} passed after {seconds:.0f} s, "
+                          f"in iteration {state.iteration}", flush=True)
 
         mt.train_maml(config, after_iteration=look)
-        for mark in (-15, -13, -12):
-            passed = [row for row in rows if row[0] == seed and row[-1] > mark]
-            print(f"seed {seed}: {mark} passed " + (
-                f"after {passed[0][2]:.0f} s, in iteration {passed[0][1]}" if passed
-                else "never"), flush=True)
-        mt.write_csv(out / "time-to-result.csv", (
-            "seed", "iteration", "seconds", "return_0", "return_1"), rows)
+        for mark in marks:
+            print(f"seed {seed}: {mark} passed never", flush=True)
 
 
 def finetune(words, out, tasks=20, **settings):
@@ -469,16 +448,13 @@ def finetune(words, out, tasks=20, **settings):
     """
     if not words:
         raise mt.BadInput("name a checkpoint, such as runs/NAME/checkpoint.pt")
-    config, state = mt.load_checkpoint(Path(words[0]))
-    config = replace(config, **dict(eval_episodes=20, seed=2025) | settings)
-    family = mt.family_of(config)
-    policy = mt.make_policy(family, config)
+    config, family, policy, state = loaded(
+        words[0], **dict(eval_episodes=20, seed=2025) | settings)
     drawn = family.sample_tasks(mt.random_stream(2025), tasks)
     for alpha in words[1:] or "0.002 0.005 0.01 0.02 0.05 0.1 0.2 0.5 1 2 5".split():
-        once = mt.complete(replace(config, eval_alpha=float(alpha)))
+        once = replace(config, eval_alpha=float(alpha))
         try:
-            with mt.one_thread_each(), np.errstate(over="ignore"):
-                table = mt.adaptation_returns(policy, state.theta, family, drawn, once)
+            table = mt.adaptation_returns(policy, state.theta, family, drawn, once)
             text = " ".join(f"{x:9.2f}" for x in table.mean(0))
         except mt.Diverged:
             text = "diverged"
@@ -493,26 +469,18 @@ def signal(words, out, batches=8, **settings):
     number is the mean cosine between them, over pairs of batches and two tasks.
     """
     start, *pairs = words or ["point2d"]
-    if start in mt.TASKS:
-        config = mt.complete(mt.Config(task=start, **settings))
-        theta, _ = mt.train_maml(replace(config, iterations=0))
-    else:
-        config, state = mt.load_checkpoint(Path(start))
-        config, theta = replace(config, **settings), state.theta
-    family = mt.family_of(config)
-    policy = mt.make_policy(family, config)
+    config, family, policy, state = loaded(start, **settings)
+    theta = state.theta
     data = [[mt.task_rollout(family.envs(config.rollouts), policy, theta, task,
                              config.horizon, (99, m, b)) for b in range(batches)]
             for m, task in enumerate(family.test_tasks(2))]
     for pair in pairs or ["0.99,1", "0.95,1", "0.95,0.8", "0.9,0.8", "0.8,1"]:
         gamma, lam = map(float, pair.split(","))
-        cosines = []
-        for episodes in data:
-            steps = torch.stack([theta - mt.adapt(policy, theta, [mt.assign_credit(
-                one, gamma, lam)], 1.0, False) for one in episodes])
-            unit = steps / steps.norm(dim=1, keepdim=True)
-            cosines.append(((unit @ unit.T).sum() - batches) / (batches**2 - batches))
-        print(f"γ {gamma:g}, λ {lam:g}: {float(sum(cosines)) / 2:5.2f}", flush=True)
+        steps = torch.stack([theta - mt.adapt(policy, theta, [mt.assign_credit(
+            one, gamma, lam)], 1.0, False) for episodes in data for one in episodes])
+        unit = (steps / steps.norm(dim=1, keepdim=True)).unflatten(0, (2, batches))
+        cosines = ((unit @ unit.mT).sum((1, 2)) - batches) / (batches**2 - batches)
+        print(f"γ {gamma:g}, λ {lam:g}: {float(cosines.mean()):5.2f}", flush=True)
 
 
 def upright(words, out):
@@ -521,9 +489,7 @@ def upright(words, out):
     Words: the runs' folders. The share of all steps in which its back points upwards.
     """
     for word in words:
-        config, state = mt.load_checkpoint(Path(word) / "checkpoint.pt")
-        family = mt.family_of(config)
-        policy = mt.make_policy(family, config)
+        config, family, policy, state = loaded(Path(word) / "checkpoint.pt")
         for m, task in enumerate(family.test_tasks(2)):
             steps = 0 if config.method == "oracle" else 1
             for step, (_, data) in enumerate(mt.adaptation(
@@ -610,8 +576,9 @@ def main(argv: list[str]) -> int:
     out = Path(given.pop("out", HERE))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        COMMANDS[name]([word for word in rest if "=" not in word], out,
-                       **{key: value_of(text) for key, text in given.items()})
+        with mt.one_thread_each(), np.errstate(all="ignore"):
+            COMMANDS[name]([word for word in rest if "=" not in word], out,
+                           **{key: value_of(text) for key, text in given.items()})
     except mt.BadInput as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
