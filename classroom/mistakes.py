@@ -321,7 +321,8 @@ def first_failure(folder: Path, function: str, seconds: float) -> str:
             tests + [file.name for file in folder.glob("test_*.py")], cwd=folder,
             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             timeout=seconds, env={**os.environ, "MISTAKE": function, "MAML_SLOW": "0",
-                                  "PYTHONPATH": str(Path(__file__).parent)})
+                                  "PYTHONPATH": str(Path(__file__).parent),
+                                  "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
     except subprocess.TimeoutExpired:
         return f"not done after {seconds:g} s"
     failed = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", out.stdout, re.MULTILINE)
