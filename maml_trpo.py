@@ -1688,18 +1688,6 @@ def draw_trajectories(path: Path, config: Config, theta: Tensor, goals: int = 4)
     figure.savefig(path)
 
 
-def by_task(config: Config, table: np.ndarray) -> dict[str, np.ndarray]:
-    """The rows of a table (tasks, n), apart for tasks that come again: the two
-    directions, which are all of p(T). Other tasks are a sample, in one group."""
-    tasks = TASKS[config.task].test_tasks(max(len(table), 8))
-    kinds = np.unique(tasks, axis=0)
-    if len(kinds) == len(tasks):
-        return {"": table}
-    tasks = tasks[:len(table)]
-    return {f"task {kind[0]:+g}": table[(tasks == kind).all(1)]
-            for kind in np.unique(tasks, axis=0)}
-
-
 def standard_error(*groups: np.ndarray) -> np.ndarray:
     """Of the mean of all rows, from the spread within each group: (…, n) → (n,).
 
@@ -1718,11 +1706,13 @@ def comparison_rows(config: Config, tables: Sequence[tuple[str, np.ndarray]],
     """
     rows: list = []
     for label, table in tables:
-        method, groups = label.split(",")[0], by_task(config, table)
-        rows.append((label, method, table.mean(0), standard_error(*groups.values())))
-        if len(groups) > 1:
-            rows += [(f"  {name}", method, group.mean(0), standard_error(group))
-                     for name, group in groups.items()]
+        method, directions = label.split(",")[0], {}
+        if config.task in ("cheetah-dir", "ant-dir") and len(table) > 1:
+            directions = {"  forward": table[::2], "  backward": table[1::2]}  # in turn
+        error = standard_error(*directions.values() or [table])
+        rows.append((label, method, table.mean(0), error))
+        rows += [(name, method, group.mean(0), standard_error(group))
+                 for name, group in directions.items()]
     methods = {method for _, method, _, _ in rows}
     return rows + [(f"{method}, paper", method, np.array(row), None)
                    for method, row in PAPER.get(config.task, {}).items()

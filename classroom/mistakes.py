@@ -229,8 +229,8 @@ draw_trajectories
 standard_error
     (sum(variances)) / sum( => (sum(variances) / sum( && groups)) => groups))) ::
         the standard deviation, where the words say error
-by_task
-    len(kinds) == len(tasks) => True :: the directions' difference counts as error
+comparison_rows
+    *directions.values() or [table] => table :: the directions' difference is error
 progress_line
     (iterations - 1 - => (iterations - :: time left for one iteration too many
     ['surrogate_after'] => ['surrogate_before'] :: the old surrogate is printed
