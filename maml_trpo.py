@@ -813,8 +813,11 @@ def double_backprop_product(function: Callable[[Tensor], Tensor], theta: Tensor,
 
 
 def keep_graphs(policy, theta: Tensor, task_data: TaskData, alpha: float) -> tuple:
-    """What all products with one task's JᵀFJ share: made once for all of CG."""
-    steps, theta_prime = [], theta.detach()     # of each inner step: θᵢ, ∇L with graph
+    """What all products with one task's JᵀFJ share, made once for all of CG.
+
+    → (inner steps, θ′, network's outputs, w, Gᵀw with its graph, W's diagonal)
+    """
+    steps, theta_prime = [], theta.detach()    # steps: θᵢ and ∇L, with its graph
     for trajectories in task_data.inner:
         theta_i = theta_prime.detach().requires_grad_()
         (grad,) = torch.autograd.grad(inner_loss(policy, theta_i, trajectories),
@@ -1030,8 +1033,9 @@ def check_environment(family: TaskFamily, config: Config) -> None:
          f"the same")
     for draw in (family.test_tasks, functools.partial(family.sample_tasks,
                                                       np.random.default_rng(0))):
-        must(np.ndim(draw(2)) == 2 == len(draw(2)),
-             f"tasks must be rows of numbers, (2, n) for two, not {np.shape(draw(2))}")
+        shape = np.shape(draw(2))
+        must(len(shape) == 2 == shape[0],
+             f"tasks must be rows of numbers, (2, n) for two, not {shape}")
     try:
         first, _ = envs.reset(seed=[0] * K, options={"task": family.test_tasks(1)[0]})
         results = first, *envs.step(np.zeros(envs.action_space.shape, np.float32))[:4]
@@ -1082,8 +1086,8 @@ def thread_pool(workers: int) -> ThreadPoolExecutor:
 def one_thread_each():
     """One thread per kernel, since the parallelism is over tasks.
 
-    Freeing a block of 30 MB keeps glibc from handing back every megabyte that is freed
-    later: 10-20 % of an iteration. Without glibc it does nothing.
+    glibc hands every freed megabyte back to the system until a block of 30 MB has been
+    freed once: 10-20 % of an iteration. Without glibc the block does nothing.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -1213,7 +1217,7 @@ class Walkers(SyncVectorEnv):
     Authors' code: no scaling.
     Here:          joints turn at ±10 rad/s while angles stay within ±1. With Xavier
                    weights the first policy's mean is then beyond the actions' limits in
-                   45 % of the cheetah's steps, where no gradient can be felt.
+                   38 to 48 % of the cheetah's steps, where no gradient can be felt.
     """
     UNIT = 10.0
 
@@ -1253,14 +1257,21 @@ class Walkers(SyncVectorEnv):
 
 
 def walkers(name: str, highest: float | None = None) -> TaskFamily:
-    """Speeds v ~ U[0, highest], held-out ones from a fixed seed; or both directions in
-    turn, in training too: of an even number, half of each is p(T) itself."""
+    """Tasks are speeds v ~ U[0, highest], the held-out ones from a fixed seed.
+
+    Without `highest` they are the two directions in turn, in training, too: half of
+    each is p(T) itself. Of an odd number the first is drawn.
+    """
+    def directions(rng: np.random.Generator, M: int) -> np.ndarray:
+        first = rng.choice([1.0, -1.0]) if M % 2 else 1.0
+        return np.resize([first, -first], (M, 1))
+
     make_envs = functools.partial(Walkers, name)
     if highest:
         return TaskFamily(
             name, make_envs, lambda rng, M: rng.uniform(0, highest, (M, 1)),
             lambda n: np.random.RandomState(1).uniform(0, highest, (n, 1)), 200, True)
-    return TaskFamily(name, make_envs, lambda rng, M: np.resize([1.0, -1.0], (M, 1)),
+    return TaskFamily(name, make_envs, directions,
                       lambda n: np.resize([1.0, -1.0], (n, 1)), 200, True)
 
 
@@ -1630,7 +1641,8 @@ def draw_learning_curve(path: Path, config: Config, state: TrainState) -> None:
     spread = np.array(state.spread)                                   # (iterations, 4)
     for k, name, label, color in (
             (0, "return_pre", "before adaptation", "#7f7f7f"),
-            (1, "return_post", "after adaptation", PALETTE["maml"])):
+            (1, "return_post", "after adaptation" if config.inner_updates else
+             "without adaptation", PALETTE["maml"])):
         if k == 0 and not config.inner_updates:
             continue
         ax.plot(iterations, [row[name] for row in state.rows], color=color, label=label)
@@ -1691,10 +1703,11 @@ def draw_trajectories(path: Path, config: Config, theta: Tensor, goals: int = 4)
 def standard_error(*groups: np.ndarray) -> np.ndarray:
     """Of the mean of all rows, from the spread within each group: (…, n) → (n,).
 
-    What lies *between* the two directions is no error: both are always there.
+    What lies *between* the two directions is no error: both are always there. Of one
+    row nothing is known: NaN.
     """
     variances = [len(rows) * rows.var(axis=0, ddof=1) if len(rows) > 1
-                 else 0 * rows[0] for rows in groups]
+                 else math.nan * rows[0] for rows in groups]
     return np.sqrt(sum(variances)) / sum(map(len, groups))
 
 
@@ -1755,8 +1768,8 @@ def plane_picture(envs: Point2D, size: int = 240) -> np.ndarray:
     from PIL import Image, ImageDraw
     image = Image.new("RGB", (size, size), "white")
     for xy, radius, color in ((np.zeros(2), 3, "black"), (envs.goal, 6, "#d95f02"),
-                              (envs.unwrapped._position[0], 5, PALETTE["maml"])):
-        at = (size / 2 * (1 + np.array([1, -1]) / 0.75 * xy[:2])).tolist()
+                              (envs._position[0], 5, PALETTE["maml"])):
+        at = (size / 2 * (1 + np.array([1, -1]) / 0.75 * xy)).tolist()
         ImageDraw.Draw(image).circle(at, radius, fill=color)
     return np.asarray(image)
 
@@ -1791,7 +1804,8 @@ def render_gif(path: Path, config: Config, theta: Tensor, every: int = 4) -> Non
     panels = []                                               # (title, its pictures)
     for m, task in enumerate(family.test_tasks(2)):
         for when, (phi, _) in zip(("before", "after one step"), adaptation(
-                policy, theta, family, task, config, m, steps=1)):
+                policy, theta, family, task, config, m,
+                steps=int(config.method != "oracle"))):
             camera.frames.clear()
             data = task_rollout(stage, policy, phi, task, config.horizon,
                                 (config.seed, EVALUATION, m, 1))
@@ -1897,8 +1911,8 @@ def new_folder(out: Path | None, name: str) -> Path:
             folder = Path("runs") / f"{name}-{number}"
     for file in RUN_FILES:
         if (folder / file).exists():
-            raise BadInput(f"{folder} already holds a run ({file}): add --resume to go "
-                           f"on with it, or choose another --out")
+            raise BadInput(f"{folder} already holds a run ({file}): choose another "
+                           f"--out, or go on with --resume if it has a checkpoint.pt")
     return folder
 
 
@@ -1932,17 +1946,16 @@ def progress_line(row: dict[str, float], iterations: int, recent: float) -> str:
 
 def train_in_folder(config: Config, folder: Path, state: TrainState) -> TrainState:
     """Train, with a checkpoint, a CSV row and a printed line after every iteration."""
-    states = [state]
-
-    def keep(state: TrainState) -> None:
-        states[0] = state
+    def keep(new: TrainState) -> None:
+        nonlocal state
+        state = new
         if first_rank():
             save_checkpoint(folder / "checkpoint.pt", config, state)
             write_csv(folder / "progress.csv", PROGRESS_COLUMNS,
                       [row.values() for row in state.rows])
 
-    def after_iteration(state: TrainState) -> None:
-        keep(state)
+    def after_iteration(new: TrainState) -> None:
+        keep(new)
         recent = np.median([row["seconds_total"] for row in state.rows[-10:]])
         say(progress_line(state.rows[-1], config.iterations, recent))
 
@@ -1950,7 +1963,7 @@ def train_in_folder(config: Config, folder: Path, state: TrainState) -> TrainSta
     if state.iteration < config.iterations:
         say(PROGRESS_HEADER)
     train_maml(config, start=state, after_iteration=after_iteration)
-    return states[0]
+    return state
 
 
 def report(config: Config, folder: Path, state: TrainState, theta: Tensor, which: str,
@@ -1980,9 +1993,9 @@ def report(config: Config, folder: Path, state: TrainState, theta: Tensor, which
 
 def to_evaluate(options: dict[str, Any], given: dict) -> tuple[Config, TrainState]:
     """Settings and θ of `--evaluate FILE`; BadInput for a flag that would not count."""
-    for name in sorted(set(options) - set(EVALUATION_FLAGS)):
-        flag = name.replace("_", "-")
-        raise BadInput(f"--evaluate does not train: leave out --{flag}")
+    if others := sorted(set(options) - set(EVALUATION_FLAGS)):
+        flags = ", ".join("--" + name.replace("_", "-") for name in others)
+        raise BadInput(f"--evaluate does not train: leave out {flags}")
     config, state = load_checkpoint(options["evaluate"])
     if given.get("task", config.task) != config.task:
         raise BadInput(f"{options['evaluate']} is of {config.task}, not of "
@@ -2032,7 +2045,7 @@ def prepare(options: dict[str, Any], held: ExitStack,
         state = TrainState.initial(make_policy(family_of(config), config), config)
         if "init" in options:
             state = start_from(options["init"], config, state)
-    if torch.distributed.is_initialized() and (
+    if "evaluate" not in options and torch.distributed.is_initialized() and (
             config.meta_batch_size < torch.distributed.get_world_size()):
         raise BadInput(f"meta_batch_size {config.meta_batch_size} is less than the "
                        f"number of processes: start fewer")

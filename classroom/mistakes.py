@@ -194,7 +194,7 @@ gather_over_tasks
 first_rank
     .get_rank() == 0 => .get_rank() >= 0 :: every rank writes and prints
 walkers
-    np.resize([1.0, -1.0], (M => rng.choice([1.0, -1.0], (M :: directions are drawn
+    np.resize([first, -first], (M => rng.choice([1.0, -1.0], (M :: directions are drawn
 TASKS
     (n, 2)), 100) => (n, 2)), 50) :: point2d ends at half its horizon
 adaptation
