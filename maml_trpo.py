@@ -877,7 +877,7 @@ def exact_product(policy, theta: Tensor, data: TaskData, kl: Callable, config: C
 class DiagonalGaussian(Independent):
     """N(mean, diag exp(log_std)²): mean (..., A), log_std (A,).
 
-    With torch's own log_prob and KL a meta-gradient takes a fifth longer.
+    With torch's own log_prob and KL a meta-gradient takes up to a fifth longer.
     """
 
     def __init__(self, mean: Tensor, log_std: Tensor):
