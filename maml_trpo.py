@@ -1309,8 +1309,8 @@ PRESETS: dict[str, dict[str, tuple[Any, str]]] = {     # task → field → (val
         iterations=(200, "ours, 50 minutes; authors' code 100, paper up to 500")),
     "ant-vel": ANTS | dict(
         iterations=(140, "ours, 40 minutes; authors' code 375"),
-        meta_batch_size=(10, "ours; paper 40"), gamma=(0.97, "ours; authors' code 0.99"),
-        lam=(0.95, "ours; authors' code 1")),
+        meta_batch_size=(10, "ours; paper 40"),
+        gamma=(0.97, "ours; authors' code 0.99"), lam=(0.95, "ours; authors' code 1")),
     "ant-dir": ANTS | dict(
         iterations=(120, "ours, 35 minutes; authors' code 575"),
         meta_batch_size=(2, "ours, both directions; paper 40"), rollouts=(40, "paper"),
