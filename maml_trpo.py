@@ -1355,6 +1355,14 @@ class TaskObserved(gym.vector.VectorObservationWrapper):
         return np.concatenate([obs, task], axis=1, dtype=obs.dtype)
 
 
+@functools.lru_cache
+def with_task_observed(family: TaskFamily) -> TaskFamily:
+    """The oracle's family: one for each, so that its environments are made once."""
+    task_size = np.shape(family.test_tasks(1))[1]
+    return dataclasses.replace(
+        family, make_envs=lambda K: TaskObserved(family.make_envs(K), task_size))
+
+
 def set_spaces(envs: VectorEnv, observation: gym.Space, action: gym.Space) -> None:
     """Give a vector environment its spaces, of one copy and of all."""
     batch = gym.vector.utils.batch_space
@@ -1366,11 +1374,7 @@ def set_spaces(envs: VectorEnv, observation: gym.Space, action: gym.Space) -> No
 def family_of(config: Config, family: TaskFamily | None = None) -> TaskFamily:
     """`family`, or TASKS[config.task]; for the oracle with the task observed."""
     family = family or TASKS[config.task]
-    if config.method != "oracle":
-        return family
-    task_size = np.shape(family.test_tasks(1))[1]
-    return dataclasses.replace(
-        family, make_envs=lambda K: TaskObserved(family.make_envs(K), task_size))
+    return with_task_observed(family) if config.method == "oracle" else family
 
 
 def make_policy(family: TaskFamily, config: Config) -> GaussianPolicy:
@@ -1902,13 +1906,13 @@ def new_folder(out: Path | None, name: str) -> Path:
     two runs started together get two folders.
     """
     folder, number = out or Path("runs") / name, 1
-    while True:
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    while not out:
         try:
-            folder.mkdir(parents=True, exist_ok=bool(out))
+            folder.mkdir(parents=True)
             break
         except FileExistsError:
-            if out:
-                raise
             number += 1
             folder = Path("runs") / f"{name}-{number}"
     for file in RUN_FILES:
