@@ -6,17 +6,16 @@ What this is
     from which ONE gradient step on a few episodes of a new task gives a good policy
     for that task. This file is the reinforcement-learning half of the paper: the inner
     step is a plain policy gradient, and θ itself is improved by TRPO.
-
-Run it: `python maml_trpo.py --task point2d`. `--help` lists every setting.
+    Run it with `python maml_trpo.py --task point2d`; `--help` lists every setting.
 
 One meta-iteration, and the function that does each line
     for each of M tasks:                                        sample_task_data
         D  = K episodes with θ                                  sample_trajectories
         θ′ = θ − α∇L(θ), L from D                               adapt
         D′ = K episodes with θ′                                 sample_trajectories
-    This θ′ is only numbers, needed to play D′. Now all episodes are played, and the
-    step on θ asks how θ′ changes with θ. So from here on every function of θ runs the
-    inner step AGAIN, from the stored D, with its graph where a derivative is wanted.
+    Sampling ends here. This θ′ was only numbers, needed to play D′. The step on θ
+    needs θ′ as a function of θ. So from here on every function of θ runs the inner
+    step AGAIN, from the stored D, with its graph where a derivative is wanted.
     π is the policy with θ′(θ), π_old the one with θ′(θ_old), and ratio = π/π_old:
     U(θ) = −mean of ratio·Â′ on D′, k(θ) = mean KL of the two   surrogate_and_kl
     g    = ∇U                                                   meta_gradient
@@ -36,13 +35,13 @@ reader's pseudocode that this file answers (its line 1 is `def task_rollout(task
     [MAML Alg.3 l.6]    [listing l.40]       L from D, Eq. 4       inner_loss
     [MAML Alg.3 l.6,7]  [listing l.36-42,68] ∇L, θ′ = θ − α∇L      adapt
     [MAML Alg.3 l.5-8]  [listing l.31,44-45] D, θ′, D′ of a task   sample_task_data
-    [MAML Alg.3 l.10]   [listing l.53,54]    L(θ′) using D′        surrogate_and_kl
+    [MAML Alg.3 l.10]   [listing l.54]       L(θ′) using D′        surrogate_and_kl
     [MAML Alg.3 l.10]   [listing l.55-57]    its gradient, g_k     meta_gradient
     with TRPO in place of a gradient step:
                         [listing l.30,47,49] KL, old ‖ new         kl_old_new
                         [listing l.48]       … of which policies?  surrogate_and_kl
                         [listing l.59]       … no closed form?     kl_old_new
-                        [listing l.52,60]    mean over tasks       mean_over_tasks
+                        [listing l.52,53,60] mean over tasks       mean_over_tasks
                         [listing l.61,77-78] H·v                  hessian_vector_product
                         [listing l.62,63]    x ≈ H⁻¹g              conjugate_gradient
                         [listing l.65]       line search           backtrack_line_search
@@ -58,10 +57,10 @@ Symbols (shapes stand at line ends)
     D   inner         (K,H,..)  episodes played with θ      D′  outer, played with θ′
     Â   adv           (K,H)     advantages of D (Â′: of D′), standardised
     L   inner_loss    ()        the loss of the inner step (the paper's Eq. 4)
-    U k surrogate, KL ()        of one task; TRPO's step uses their means over tasks
+    U k surrogate, KL ()        of one task; the step uses their mean over tasks
     J   ∂θ′/∂θ        (P,P)     I − α∇²L for one inner step, never formed
     F   Fisher matrix (P,P)     Hessian of the KL in θ′, at the adapted policy
-    g   gradient      (P,)      of the meta-objective U
+    g   gradient      (P,)      of the meta-objective U; in the step also a mean
     Two meanings: H is the number of steps in a shape, and in H·v, H⁻¹g and xᵀHx the
     Hessian of the mean KL in θ (the mean over tasks of JᵀFJ, never formed). x is a
     state, and in section 7 the step's direction. σ is the std of the actions, with an
@@ -69,8 +68,8 @@ Symbols (shapes stand at line ends)
 
 Three voices in the comments: `Paper:`; `Authors' code:`, where their repository
 (cbfinn/maml_rl) does otherwise; `Here:`, our choice. notes.md has a table of them, the
-derivations and a key to the [tags]. Of Part II, Part I calls settings, checks, threads,
-random numbers, two faster rewritings, and the exact products that `--hvp` names.
+derivations and a key to the [tags]. Part I is sections 0 to 8, the algorithm. What it
+uses of Part II says by its name what it does (checks, threads, random numbers, files).
 """
 from __future__ import annotations
 
@@ -111,6 +110,7 @@ def setting(default, help: str, choices=None) -> Any:
 class Config:
     """Every setting of a run. A field that is None was not given: `complete`, beside
     the tasks' PRESETS in Part II, fills it in. Raises BadInput for an unusable value.
+    point2d has M = K = 20, H = 100, α 0.1, γ 0.99, λ 0.9, δ 0.05 and 5 steps of CG.
     """
     task: str = setting("point2d", "task family [MAML §5.3]")
     method: str = setting("maml", "MAML, or one of the paper's baselines [MAML §5.3]",
@@ -189,8 +189,8 @@ class Point2D(VectorEnv):
 
     Paper:         the negative *squared* distance; it ends within 0.01 of the goal.
     Authors' code: −distance; it ends in the box |dx|, |dy| < 0.01
-                   [maml_rl point_env_randgoal.py]. The paper's figure is of this
-                   reward: never moving scores −40.08, and its curve begins at −40.41.
+                   [maml_rl point_env_randgoal.py]. The paper's curve begins at −40.41;
+                   never moving scores −40.08 here, and −17.8 in squared distance.
     Here:          as the authors' code.
     """
     MAX_STEP, GOAL_BOX = 0.1, 0.01
@@ -306,8 +306,8 @@ def task_rollout(envs: VectorEnv, policy, theta: Tensor, task, horizon: int,
                  seed: Sequence[int]) -> Trajectories:
     """K = envs.num_envs episodes of `task` with π_θ, in lockstep [listing l.1-14].
 
-    `seed` names these episodes, such as (seed, iteration, task, phase). The draws are a
-    function of it alone, not of what was drawn before or on how many workers.
+    `seed` names these episodes: (seed, iteration, task, phase), phase 0 for D, 1 for
+    D′. The draws depend on nothing else: not on earlier ones, not on the workers.
 
     Q: `cumulative_disc_rew += disc_reward * log_prob`, is that right? [listing l.11]
     A: No. It credits each reward to the action of the same step only, so it never
@@ -378,7 +378,7 @@ class LinearBaseline:
 
     It is fitted on the very episodes whose advantages it then gives, afresh for every
     task and every inner step [maml_rl]. Spinning Up uses the last iteration's fit
-    [SpinUp VPG l.8], but a new task has none. The price: ∇L has a bias of order 1/K.
+    [SpinUp VPG l.8], but a new task has none. The price is a bias that falls with K.
     """
     RIDGE, CLIP = 1e-5, 10.0
 
@@ -404,7 +404,7 @@ class LinearBaseline:
 def gae(rew: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
     """Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},  δ_t = r_t + γV_{t+1} − V_t [GAE Eq.16].
 
-    All (K, H). With λ = 1, the authors' value, Â_t = G_t − V_t. (This δ is no KL.)
+    All (K, H). With λ = 1, the authors' value, Â_t = G_t − V_t. (This δ_t is no KL.)
 
     V after step H is 0, as after termination, because H is part of the MDP. If an
     environment says `truncated` before step H, that counts as an end as well.
@@ -416,10 +416,10 @@ def gae(rew: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> 
 
 
 def standardise(adv: Tensor, mask: Tensor) -> Tensor:
-    """(Â − mean)/(σ + 1e-8) over one task's samples, (K, H) [maml_rl].
+    """(Â − mean)/(σᵢ + 1e-8) over one task's samples, (K, H) [maml_rl].
 
-    Then α does not depend on the rewards' scale. Mean and σ come from the samples, so
-    each task is divided by a σ of its own. The paper does not mention it.
+    Then the inner step does not depend on the rewards' scale. Each task is divided by
+    the std σᵢ of its own samples. The paper does not mention it.
     """
     mean = masked_mean(adv, mask)
     std = masked_mean((adv - mean) ** 2, mask).sqrt()
@@ -440,14 +440,14 @@ def inner_loss(policy, theta: Tensor, trajectories: Trajectories,
                estimator: str = "log-prob") -> Tensor:
     """L(θ) = −mean over timesteps of log π_θ(a|x)·Â: () [SpinUp VPG l.6].
 
-    Its value means nothing. Its gradient estimates that of the paper's loss [MAML Eq.4]
-    up to a positive factor; without bias only if γ = λ = 1, no episode ends early, and
-    baseline, mean and σ come from other episodes than D (notes.md).
+    Only its gradient is used. It estimates that of the paper's loss [MAML Eq.4] up to
+    a positive factor; without bias only if γ = λ = 1, no episode ends early, and
+    baseline, mean and std come from other episodes than D (notes.md).
 
     Paper:         Eq. 4 is −E[Σ_t R], a sum over the H steps.
-    Authors' code: a mean over all K·H timesteps, of standardised advantages
-                   [maml_rl maml_npo.py]. A step of size α on this loss equals one of
-                   size α/(H·σᵢ) on Eq. 4's, with σᵢ the std of the raw Â.
+    Authors' code: a mean over timesteps, of standardised Â [maml_rl maml_npo.py].
+                   A step of size α here equals one of size α/(Tσᵢ) on Eq. 4's loss,
+                   with T the episodes' mean length and σᵢ the std of the raw Â.
     Here:          as the authors' code. With estimator "ratio" (ProMP's LVC) log π
                    becomes π/stop_grad(π). The step is the same, but autograd finds a
                    different Hessian, hence a different J, in it.
@@ -484,13 +484,11 @@ def adapt(policy, theta: Tensor, inner_data: Sequence[Trajectories], alpha: floa
 #
 # What is approximated, and what to keep in mind:
 # 1. D is held fixed. θ also decides which D is played, and a whole gradient would have
-#    a term for that. Paper and authors' code drop it, and so does this file: g is the
-#    derivative of the computation, not of the expected return.
+#    a term for that. Paper and authors' code drop it, and so does this file.
 # 2. J contains ∇² of −mean(log π·Â), which is not the Hessian of Eq. 4's loss.
-# 3. Each task's Â′ is divided by that task's own σᵢ. So g is not the plain mean over
-#    tasks of Eq. 4's gradients: it has a factor 1/σᵢ before each, so tasks whose
-#    advantages vary little weigh more. The authors' code does the same.
-# 4. The Hessian H is a mean over tasks of JᵢᵀFᵢJᵢ; the mean has no single J.
+# 3. U is a mean over timesteps, of advantages divided by the task's own σᵢ. So g is not
+#    the plain mean over tasks of Eq. 4's gradients: task i has a factor 1/(Tᵢσᵢ), with
+#    Tᵢ the mean length of D′'s episodes. The authors' code does the same.
 # notes.md derives them, and says what other papers do about 1 and 2.
 
 @dataclass
@@ -510,14 +508,14 @@ def mean_over_tasks(function: Callable[[Any], Tensor], tasks: Sequence,
     """
     results = map_over_tasks(function, tasks, workers)
     total = torch.stack([result.detach().double() for result in results]).sum(0)
-    total = torch.cat([total.flatten(), total.new_tensor([len(results)])])
+    total = torch.cat([total.flatten(), total.new_tensor([len(results)])])  # and M
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
     return (total[:-1] / total[-1]).reshape(results[0].shape).to(results[0].dtype)
 
 
 def kl_old_new(old: Distribution, new: Distribution) -> Tensor:
-    """KL(π_old ‖ π_new) of each sample, in closed form: (...) [TRPO Eq.12].
+    """KL(π_old ‖ π_new) of each sample, in closed form (Part II): (...) [TRPO Eq.12].
 
     At θ_old the two policies are the same, so the KL is 0 and its gradient is 0. That
     is no bug: TRPO uses its *Hessian* there. Exactly 0 after an accepted step would be
@@ -537,18 +535,17 @@ def surrogate_and_kl(policy, theta: Tensor, task_data: TaskData, alpha: float,
                      ) -> tuple[Tensor, Tensor]:
     """One task's meta-objective U and KL k at θ; both () [MAML Alg.3 l.10].
 
-    U = −mean over D′ of π_{θ′(θ)}(a|x) / π_{θ′(θ_old)}(a|x) · Â′  [TRPO Eq.14]
+    U = −mean over D′ of π_{θ′(θ)}(a|x) / π_{θ′(θ_old)}(a|x) · Â′  (− [TRPO Eq.14])
     k =  mean over D′ of KL(π_{θ′(θ_old)}(·|x) ‖ π_{θ′(θ)}(·|x))
 
-    The inner step is run again from the stored D, because the θ′ that played D′ is a
-    vector without a graph. `first_order` and `estimator` change derivatives through
-    that step, never the values.
+    TRPO's surrogate U stands in for minus the return. `first_order` and `estimator`
+    change derivatives through the inner step, never the values.
 
     Q: KL of adapted and meta-policy, and returns as the loss? [listing l.48,54]
     A: Both policies must be *adapted* ones. The listing's KL bounds the inner step, not
        the meta-step. The listing also has no importance ratio. Only with it does the
-       loss on D′ estimate the return of another θ, which is what the line search
-       compares. The ratio is 1 at θ_old; its gradient is what counts there.
+       loss on D′ say, for θ near θ_old, how much the return changes, which is what the
+       line search compares. The ratio is 1 at θ_old; its gradient is what counts there.
     """
     theta_prime = adapt(policy, theta, task_data.inner, alpha,
                         theta.requires_grad and not first_order, estimator)
@@ -591,17 +588,16 @@ def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor,
 
     ε = step/‖v‖: the move in θ has length `step` whatever v's length. A difference
     would be (∇k(θ + εv) − ∇k(θ))/ε, but at θ_old ∇k is exactly 0. So it costs ONE
-    gradient; its error is O(ε), plus what ReLU's kinks add.
+    gradient; its error is O(ε), plus what ReLU's kinks add (figures/README.md, 5).
 
     Q: Where is the third derivative that the paper avoids? [listing l.77-78]
     A: Not in the line search, which differentiates L only. One task's KL is a function
        κ of θ′, so k(θ) = κ(θ′(θ)), and the chain rule gives
-           ∇²k = Jᵀ (∇²κ) J + Σ_j (∂κ/∂θ′_j) ∇²θ′_j,   ∇²θ′_j = −α ∂_j ∇²L.
-       That ∂_j∇²L is the third derivative. At θ_old each ∂κ/∂θ′_j is 0 and ∇²κ is the
-       Fisher matrix F, so the task's ∇²k is JᵀFJ, and H is the mean of these.
-       Differentiating ∇k by autograd would build the third-order graph and multiply it
-       by zero; a difference of ∇k needs second derivatives only. (H is never formed. It
-       is P × P, here 10,604², since the mean KL is one number [listing l.60,61].)
+           ∇²k = Jᵀ (∇²κ) J + Σ_j (∂κ/∂θ′_j) ∇²θ′_j,
+       and for one inner step ∇²θ′_j = −α ∂_j∇²L. That ∂_j∇²L is the third derivative.
+       At θ_old each ∂κ/∂θ′_j is 0 and ∇²κ is the Fisher matrix F, so the task's ∇²k is
+       JᵀFJ, and H the mean of these. Differentiating ∇k by autograd would build the
+       third-order graph and multiply it by 0. A difference needs second ones only.
 
     Authors' code: symmetric, ε = 1/‖θ‖ by mistake: θ moves by ‖v‖/‖θ‖
                    [maml_rl conjugate_gradient_optimizer.py].
@@ -617,15 +613,16 @@ def conjugate_gradient(hvp: Callable[[Tensor], Tensor], b: Tensor, iterations: i
 
     Ends at r·r < `tolerance`, or keeps the x so far if pᵀHp is not positive.
 
-    Q: x = inverse(kl_hessian) * meta_grad, is that right? [listing l.62]
-    A: H⁻¹g is wanted, but H has P² ≈ 10⁸ entries and need not have an inverse. (And `*`
-       multiplies entry by entry, with meta_grad a loss, not g.) Conjugate gradient
-       needs products H·p only. Its n-th x minimises ½xᵀHx − gᵀx over the span of g,
-       Hg, …, Hⁿ⁻¹g. After ten steps x is far from H⁻¹g, and still a good direction.
+    Q: The size of H? Is `inverse(kl_hessian) * meta_grad` right? [listing l.60-63]
+    A: The mean KL is one number, so H is P × P, here 10,604², and need not have an
+       inverse. H⁻¹g is wanted. (meta_grad is a loss, not g.) Conjugate gradient
+       needs products H·p only. With exact ones its n-th x minimises
+       ½xᵀHx − gᵀx over the span of g, Hg, …, Hⁿ⁻¹g. That x is far from H⁻¹g, yet a good
+       direction: more steps mostly fit the samples' noise (figures/README.md, 5).
        Damping (1e-5·I is added to H) keeps steps finite where the KL is flat.
     """
     x, r, p = torch.zeros_like(b), b, b
-    rr = r @ r
+    rr = r @ r                             # r = b − Hx; p: direction of the next step
     for _ in range(iterations):
         if rr < tolerance:
             break
@@ -641,7 +638,11 @@ def conjugate_gradient(hvp: Callable[[Tensor], Tensor], b: Tensor, iterations: i
 
 
 def step_scale(xHx: float, max_kl: float) -> float:
-    """√(2δ / xᵀHx): with s = scale·x, ½sᵀHs = δ [TRPO App.C] [SpinUp TRPO l.9]."""
+    """√(2δ / xᵀHx): with s = scale·x, ½sᵀHs = δ [TRPO App.C] [SpinUp TRPO l.9].
+
+    k and ∇k are 0 at θ_old, so ½sᵀHs is the KL of a short step s. Among all s with this
+    KL, −scale·H⁻¹g makes gᵀs, and so U, smallest (notes.md, 6.3).
+    """
     return math.sqrt(2 * max_kl / xHx)
 
 
@@ -741,6 +742,7 @@ def sample_task_data(policy, theta: Tensor, family: TaskFamily, task, config: Co
         theta_prime = adapt(policy, theta_prime, inner[-1:], config.alpha,  # l.6, l.7
                             create_graph=False)
     outer = sample(theta_prime, config.inner_updates)                       # l.8
+    # `old` by the same operations as in `surrogate_and_kl`: ∇k(θ_old) is 0 to the bit.
     return TaskData(inner, outer, policy.distribution(theta_prime, outer.obs))
 
 
@@ -754,12 +756,10 @@ def train_maml(config: Config, family: TaskFamily | None = None,
     from; `after_iteration(state)` may print and save. Raises Diverged (NaN, infinity).
 
     Q: What else is wrong with the listing's loop? [listing l.27-69]
-    A: Some lines fail loudly: there is no `torch.kl_divergence` [listing l.48], no
-       `mean` of a list [listing l.60], no `train()` [listing l.69], and iteration 2
-       goes backward through a freed graph, since the lists are never emptied. Others
-       are wrong in silence: the task list is fixed [listing l.28] and `task_rollout`
-       never uses its task [listing l.1-14]; the outer `backward` adds to the inner
-       gradient of each copy; `self.optim` holds a model that `deepcopy` replaced.
+    A: Some lines fail loudly: see notes.md, chapter 7. Others are wrong in silence. The
+       task list is fixed [listing l.28], and `task_rollout` never uses its task
+       [listing l.1-14]. The outer `backward` adds to the inner gradient of each copy,
+       and `self.optim` holds a model that `deepcopy` replaced.
     """
     config = complete(config)
     family = family_of(config, family)
