@@ -1833,10 +1833,6 @@ def render_gif(path: Path, config: Config, theta: Tensor, every: int = 4) -> Non
 
 # %% 11. Command line
 
-EVALUATION_FLAGS = ("eval_tasks", "eval_episodes", "eval_steps", "eval_alpha", "seed",
-                    "workers", "evaluate", "best", "out", "compare", "task", "render")
-
-
 def whole_numbers(text: str) -> tuple[int, ...]:
     """"100,100" → (100, 100)."""
     return tuple(int(part) for part in text.split(","))
@@ -1922,19 +1918,6 @@ def new_folder(out: Path | None, name: str) -> Path:
     return folder
 
 
-def resumed(folder: Path, given: dict) -> tuple[Config, TrainState]:
-    """A run's settings and state; BadInput if `given` would change what it computes."""
-    config, state = load_checkpoint(folder / "checkpoint.pt")
-    for name, value in given.items():
-        old = getattr(config, name)
-        if value != old and name != "workers" and not (
-                name == "iterations" and value > old):
-            raise BadInput(f"--resume: the run in {folder} has {name} {old}, not "
-                           f"{value}: only a larger --iterations can be given")
-    allowed = {name: given[name] for name in ("iterations", "workers") if name in given}
-    return dataclasses.replace(config, **allowed), state
-
-
 PROGRESS_HEADER = ("  iter   return before → after   surrogate      KL  trials  CG left"
                    "    std    s/it     left")
 
@@ -1997,28 +1980,45 @@ def report(config: Config, folder: Path, state: TrainState, theta: Tensor, which
         draw_trajectories(folder / "trajectories.png", config, theta)
 
 
-def to_evaluate(options: dict[str, Any], given: dict) -> tuple[Config, TrainState]:
-    """Settings and θ of `--evaluate FILE`; BadInput for a flag that would not count."""
-    if others := sorted(set(options) - set(EVALUATION_FLAGS)):
-        flags = ", ".join("--" + name.replace("_", "-") for name in others)
-        raise BadInput(f"--evaluate does not train: leave out {flags}")
-    config, state = load_checkpoint(options["evaluate"])
-    if given.get("task", config.task) != config.task:
-        raise BadInput(f"{options['evaluate']} is of {config.task}, not of "
-                       f"{given['task']}")
-    return dataclasses.replace(config, **given), state
+def saved_run(flag: str, path: Path, wanted: dict[str, Any], free: Sequence[str] = (),
+              ) -> tuple[Config, TrainState]:
+    """A checkpoint's state, and its settings with those that are `wanted`.
+
+    BadInput, naming the setting, if one differs and is not `free` to.
+    """
+    config, state = load_checkpoint(path)
+    for name, value in wanted.items():
+        if value != getattr(config, name) and name not in free:
+            raise BadInput(f"--{flag}: {path} has {name} {getattr(config, name)}, not "
+                           f"{value}: {name} cannot be changed here")
+    return dataclasses.replace(config, **wanted), state
 
 
-def start_from(path: Path, config: Config, start: TrainState) -> TrainState:
-    """The state before the first iteration, with the θ that another run ended on."""
-    theirs, other = load_checkpoint(path)
-    for what in ("task", "hidden", "activation"):
-        old, new = getattr(theirs, what), getattr(config, what)
-        if old != new:
-            raise BadInput(f"--init {path}: its {what} is {old}, this run's {new}")
-    if (theirs.method == "oracle") != (config.method == "oracle"):
-        raise BadInput(f"--init {path}: an oracle's θ is of no use to other methods")
-    return dataclasses.replace(start, theta=other.theta, best_theta=other.theta)
+def first_state(options: dict[str, Any], folder: Path | None,
+                ) -> tuple[Config, TrainState]:
+    """Settings and state to begin with: of a saved run, or of a new one."""
+    given = {f.name: options[f.name] for f in dataclasses.fields(Config)
+             if f.name in options}
+    if "evaluate" in options:
+        return saved_run("evaluate", options["evaluate"], given, (
+            "eval_tasks", "eval_episodes", "eval_steps", "eval_alpha", "seed",
+            "workers"))
+    if folder:
+        config, state = saved_run("resume", folder / "checkpoint.pt", given,
+                                  ("iterations", "workers"))
+        if config.iterations < state.iteration:
+            raise BadInput(f"--resume: iterations {state.iteration} are done in "
+                           f"{folder}, do not ask for fewer")
+        return config, state
+    config = complete(Config(**given))
+    state = TrainState.initial(make_policy(family_of(config), config), config)
+    if "init" in options:
+        _, other = saved_run("init", options["init"], dict(
+            task=config.task, hidden=config.hidden, activation=config.activation))
+        if len(other.theta) != len(state.theta):
+            raise BadInput("--init: an oracle's θ is of no use to other methods")
+        state = dataclasses.replace(state, theta=other.theta, best_theta=other.theta)
+    return config, state
 
 
 def prepare(options: dict[str, Any], held: ExitStack,
@@ -2027,31 +2027,21 @@ def prepare(options: dict[str, Any], held: ExitStack,
 
     A new folder is made last, so that bad input leaves nothing behind.
     """
-    given = {f.name: options[f.name] for f in dataclasses.fields(Config)
-             if f.name in options}
-    resume, out, folder = "resume" in options, options.get("out"), None
+    out, folder = options.get("out"), None
+    train, resume = "evaluate" not in options, "resume" in options
     for flag, wrong, why in (
-            ("resume", not (out and out.is_dir()),
-             f"or name the folder of a run with --out, not {out}"),
-            ("best", "evaluate" not in options, "it goes with --evaluate FILE"),
-            ("init", resume or given.get("method") == "random",
+            ("resume", not (train and out and out.is_dir()),
+             f"or train in the folder of a run, --out DIR, not {out}"),
+            ("best", train, "it goes with --evaluate FILE"),
+            ("init", resume or options.get("method") == "random" or not train,
              "it is for a run that trains and has not begun")):
         if flag in options and wrong:
             raise BadInput(f"--{flag}: leave it out, {why}")
-    if "evaluate" in options:
-        config, state = to_evaluate(options, given)
-        name = f"{config.task}-{config.method}-evaluated"
-    elif resume and (out / "checkpoint.pt").exists():   # otherwise it had not yet begun
+    if resume and (out / "checkpoint.pt").exists():     # otherwise it had not yet begun
         folder = out
         held.enter_context(locked(folder))
-        config, state = resumed(folder, given)
-    else:
-        config = complete(Config(**given))
-        name = f"{config.task}-{config.method}-seed{config.seed}"
-        state = TrainState.initial(make_policy(family_of(config), config), config)
-        if "init" in options:
-            state = start_from(options["init"], config, state)
-    if "evaluate" not in options and torch.distributed.is_initialized() and (
+    config, state = first_state(options, folder)
+    if train and torch.distributed.is_initialized() and (
             config.meta_batch_size < torch.distributed.get_world_size()):
         raise BadInput(f"meta_batch_size {config.meta_batch_size} is less than the "
                        f"number of processes: start fewer")
@@ -2060,7 +2050,8 @@ def prepare(options: dict[str, Any], held: ExitStack,
     if "render" in options:                  # find out now, not after the training
         filmed(config.task, options["render"])
     if not folder:
-        folder = new_folder(out, name)
+        which = f"seed{config.seed}" if train else "evaluated"
+        folder = new_folder(out, f"{config.task}-{config.method}-{which}")
         held.enter_context(locked(folder))
     return config, folder, state
 

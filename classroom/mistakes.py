@@ -234,13 +234,13 @@ comparison_rows
 progress_line
     (iterations - 1 - => (iterations - :: time left for one iteration too many
     ['surrogate_after'] => ['surrogate_before'] :: the old surrogate is printed
-start_from
+first_state
     theta=other.theta, => theta=other.best_theta, :: --init takes the best θ
+    ("iterations", "workers")) => ("iterations", "workers", "seed")) ::
+        --resume takes another seed
 run
     state.best_theta, => state.theta, :: --best shows the last θ
     theta = state.theta\n => theta = state.best_theta\n :: the best θ, called the last
-resumed
-    name != "workers" => name not in ("workers", "seed") :: --resume ignores --seed
 """
 
 
