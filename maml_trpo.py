@@ -1392,11 +1392,13 @@ EVALUATION = 2**31      # stands in place of the iteration in the seeds of evalu
 
 
 def adaptation(policy, theta: Tensor, family: TaskFamily, task, config: Config, m: int,
-               steps: int) -> Iterator[tuple[Tensor, Trajectories]]:
+               ) -> Iterator[tuple[Tensor, Trajectories]]:
     """Adapt θ to held-out task number m: yields (φ, fresh episodes with φ), steps + 1
     times. φ is θ at first. Its episodes make the next step: α for the first, then α/2.
+    The oracle, which sees the task, takes no step.
     """
     phi, alpha = theta.detach(), config.eval_alpha
+    steps = 0 if config.method == "oracle" else config.eval_steps
     for step in range(steps + 1):
         data = sample_trajectories(
             family, task, policy, phi, config.eval_episodes, horizon=config.horizon,
@@ -1421,11 +1423,10 @@ def adaptation_returns(policy, theta: Tensor, family: TaskFamily, tasks: Sequenc
        oracle sees the task and has column 0 only.
     """
     mine = share_of_tasks(len(tasks))
-    steps = 0 if config.method == "oracle" else config.eval_steps
 
     def row(m: int) -> list[float]:
         return [data.mean_return() for _, data in adaptation(
-            policy, theta, family, tasks[m], config, m, steps)]
+            policy, theta, family, tasks[m], config, m)]
     workers = config.workers if family.threads else 1
     return gather_over_tasks(map_over_tasks(row, mine, workers), mine)
 
@@ -1689,10 +1690,9 @@ def draw_trajectories(path: Path, config: Config, theta: Tensor, goals: int = 4)
     figure, axes = new_figure(goals, 3.1 * goals, 3.4)
     family = family_of(config)
     policy = make_policy(family, config)
-    steps = 0 if config.method == "oracle" else config.eval_steps
     for m, (ax, goal) in enumerate(zip(axes, family.test_tasks(goals))):
         for step, (_, data) in enumerate(adaptation(
-                policy, theta, family, goal, config, m, steps)):
+                policy, theta, family, goal, config, m)):
             length = int(data.mask[0].sum())
             ax.plot(*data.obs[0, :length, :2].T, linewidth=1.2, alpha=0.9,
                     color=f"C{step}", label=f"{step} steps" if step != 1 else "1 step")
@@ -1810,8 +1810,7 @@ def render_gif(path: Path, config: Config, theta: Tensor, every: int = 4) -> Non
     panels = []                                               # (title, its pictures)
     for m, task in enumerate(family.test_tasks(2)):
         for when, (phi, _) in zip(("before", "after one step"), adaptation(
-                policy, theta, family, task, config, m,
-                steps=int(config.method != "oracle"))):
+                policy, theta, family, task, config, m)):
             camera.frames.clear()
             data = task_rollout(stage, policy, phi, task, config.horizon,
                                 (config.seed, EVALUATION, m, 1))

@@ -202,10 +202,9 @@ adaptation
     config.eval_alpha => config.alpha :: evaluation with α of training
     yield phi, data => seen = seen if step else data\n        yield phi, seen ::
         the returns are of the episodes before adaptation
+    0 if config.method == "oracle" else config => config :: the oracle is adapted
 EVALUATION
     2**31 => 0 :: evaluation shares its numbers with training
-adaptation_returns
-    0 if config.method == "oracle" else config => config :: the oracle is adapted
 evaluate
     test_tasks( => sample_tasks(random_stream(config.seed, 0), :: training tasks
 PAPER

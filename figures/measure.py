@@ -491,9 +491,8 @@ def upright(words, out):
     for word in words:
         config, family, policy, state = loaded(Path(word) / "checkpoint.pt")
         for m, task in enumerate(family.test_tasks(2)):
-            steps = 0 if config.method == "oracle" else 1
-            for step, (_, data) in enumerate(mt.adaptation(
-                    policy, state.theta, family, task, config, m, steps)):
+            for step, (_, data) in zip(range(2), mt.adaptation(
+                    policy, state.theta, family, task, config, m)):
                 share = float((data.obs[..., 1].cos() > 0).float().mean())
                 print(f"{word}, task {task[0]:+g}, after {step} steps: upright in "
                       f"{share:.0%} of the steps, return {data.mean_return():.1f}")
