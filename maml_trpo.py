@@ -1757,77 +1757,69 @@ def comparison_table(config: Config, tables: Sequence[tuple[str, np.ndarray]]) -
 
 # %% Part II: --render
 
-class Filmed(gym.vector.VectorWrapper):
-    """One copy of an environment that keeps a picture of each step."""
+class Filmed(Walkers):
+    """Walkers; `frames` are pictures of the first one, before each step."""
 
-    def __init__(self, envs: VectorEnv, picture: Callable[[VectorEnv], np.ndarray]):
-        super().__init__(envs)
-        self.picture, self.frames = picture, []
+    def __init__(self, name: str, num_envs: int):
+        super().__init__(name, num_envs, render_mode="rgb_array", camera_name="track",
+                         width=224, height=168)
+
+    def reset(self, *, seed=None, options=None):
+        self.frames = []
+        return super().reset(seed=seed, options=options)
 
     def step(self, actions):
-        self.frames.append(self.picture(self.env))
-        return self.env.step(actions)
+        self.frames.append(self.envs[0].render())
+        return super().step(actions)
 
 
-def plane_picture(envs: Point2D, size: int = 240) -> np.ndarray:
-    """Where the first point of a Point2D and its goal are, within ±0.75."""
-    from PIL import Image, ImageDraw
-    image = Image.new("RGB", (size, size), "white")
-    for xy, radius, color in ((np.zeros(2), 3, "black"), (envs.goal, 6, "#d95f02"),
-                              (envs._position[0], 5, PALETTE["maml"])):
-        at = (size / 2 * (1 + np.array([1, -1]) / 0.75 * xy)).tolist()
-        ImageDraw.Draw(image).circle(at, radius, fill=color)
-    return np.asarray(image)
-
-
-def filmed(task: str, path: Path) -> Filmed:
-    """One copy of a task's environment, to be filmed; BadInput if it cannot be."""
+def check_render(path: Path, task: str) -> None:
+    """BadInput if no film of a task's episodes can be drawn or written there."""
     if path.suffix.lower() != ".gif" or path.exists() or not path.parent.is_dir():
         raise BadInput(f"--render {path}: name a new file that ends in .gif, in a "
                        f"folder that is there")
     if task == "point2d":
-        return Filmed(Point2D(1), plane_picture)
+        return
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")              # draws without a window
-    envs = Walkers(task, 1, render_mode="rgb_array", camera_name="track",
-                   width=224, height=168)
     try:
+        envs = Filmed(task, 1)
         envs.reset(seed=0)
-        envs.render()
+        envs.envs[0].render()
     except Exception as error:                   # of which type depends on what lacks
         raise BadInput(f"--render: MuJoCo cannot draw here ({error!s:.80}): install "
                        f"EGL (Debian: libegl1), or leave --render out") from None
-    return Filmed(envs, lambda envs: envs.render()[0])
 
 
 def render_gif(path: Path, config: Config, theta: Tensor, every: int = 4) -> None:
     """Of each of two held-out tasks an episode with θ and one with θ′, side by side."""
-    from PIL import Image, ImageDraw
-    family, camera = family_of(config), filmed(config.task, path)
+    from matplotlib.animation import ArtistAnimation, PillowWriter
+    check_render(path, config.task)
+    plane = config.task == "point2d"
+    family = family_of(config, TASKS["point2d"] if plane else dataclasses.replace(
+        TASKS[config.task], make_envs=functools.partial(Filmed, config.task)))
     policy = make_policy(family, config)
-    stage = family_of(config, dataclasses.replace(
-        TASKS[config.task], make_envs=lambda K: camera)).envs(1)
-    panels = []                                               # (title, its pictures)
+    panels = []                                               # (title, task, its film)
     for m, task in enumerate(family.test_tasks(2)):
-        for when, (phi, _) in zip(("before", "after one step"), adaptation(
+        for when, (_, data) in zip(("before", "after one step"), adaptation(
                 policy, theta, family, task, config, m)):
-            camera.frames.clear()
-            data = task_rollout(stage, policy, phi, task, config.horizon,
-                                (config.seed, EVALUATION, m, 1))
-            title = f"task {np.round(task, 2)}, {when}: return {data.mean_return():.1f}"
-            panels.append((title, camera.frames[:int(data.mask.sum()):every]))
-    pictures = []
-    for t in range(max(len(shown) for _, shown in panels)):
-        now = [shown[min(t, len(shown) - 1)] for _, shown in panels]
-        pictures.append(Image.fromarray(np.hstack(now)))
-        for k, (title, _) in enumerate(panels):
-            ImageDraw.Draw(pictures[-1]).text(
-                (6 + k * now[k].shape[1], 6), title, fill="black", stroke_width=2,
-                stroke_fill="white")
-    gif = io.BytesIO()
-    pictures[0].save(gif, format="GIF", save_all=True, append_images=pictures[1:],
-                     loop=0, duration=50 * every)
-    write_atomically(path, gif.getvalue())
+            title = f"task {np.round(task, 2)}, {when}: return {data.rew[0].sum():.1f}"
+            film = data.obs[0, :, :2].numpy() if plane else (
+                family.envs(config.eval_episodes).unwrapped.frames)
+            panels.append((title, task, film[:int(data.mask[0].sum()):every]))
+    figure, axes = new_figure(len(panels), 3.2 * len(panels), 3.2)
+    pictures = [[] for _ in range(max(len(film) for _, _, film in panels))]
+    for ax, (title, task, film) in zip(axes, panels):
+        ax.set_title(title, fontsize=8)
+        if plane:
+            ax.plot(*task, "k*", markersize=11)
+            ax.set(aspect="equal", xlim=(-0.75, 0.75), ylim=(-0.75, 0.75))
+        else:
+            ax.axis("off")
+        for t, artists in enumerate(pictures):
+            now = film[min(t, len(film) - 1)]
+            artists += ax.plot(*now, "C0o") if plane else [ax.imshow(now)]
+    ArtistAnimation(figure, pictures).save(path, PillowWriter(fps=20 / every), dpi=72)
 
 
 # %% 11. Command line
@@ -2047,7 +2039,7 @@ def prepare(options: dict[str, Any], held: ExitStack,
     for other in options.get("compare", []):
         read_evaluation(other, config.task)
     if "render" in options:                  # find out now, not after the training
-        filmed(config.task, options["render"])
+        check_render(options["render"], config.task)
     if not folder:
         which = f"seed{config.seed}" if train else "evaluated"
         folder = new_folder(out, f"{config.task}-{config.method}-{which}")

@@ -1279,23 +1279,11 @@ def test_render_draws_an_episode_before_and_one_after_adaptation(name, tmp_path)
     with Image.open(tmp_path / "a.gif") as gif:
         frames = np.array([np.asarray(frame.convert("RGB"), int)
                            for frame in ImageSequence.Iterator(gif)])
-    size = (240, 4 * 240) if name == "point2d" else (168, 4 * 224)
-    assert frames.shape == (2, *size, 3) and names_in(tmp_path) == ["a.gif"]
-    panels = np.split(frames[:, 20:], 4, axis=2)                    # below the titles
+    assert len(frames) == 2 and names_in(tmp_path) == ["a.gif"]
+    panels = np.array_split(np.abs(frames[1] - frames[0]), 4, axis=1)
     for before, after in (panels[:2], panels[2:]):                  # of two tasks
-        assert np.abs(before[-1] - before[0]).sum() > 0             # something moves
-        assert np.abs(before[-1] - after[-1]).sum() > 0             # and adapts
-
-
-def test_picture_of_the_plane_has_y_upwards():
-    envs = mt.Point2D(1)
-    envs.reset(options={"task": [0.3, 0.5]})
-    envs.step(np.array([[-1.0, 1.0]]))
-    picture = mt.plane_picture(envs)
-    for (x, y), there in (((0.3, 0.5), True), ((0.3, -0.5), False),
-                          ((-0.1, 0.1), True), ((-0.1, -0.1), False)):
-        pixel = picture[round(120 * (1 - y / 0.75)), round(120 * (1 + x / 0.75))]
-        assert (pixel < 255).any() == there
+        assert before.sum() > 0 and after.sum() > 0                 # something moves
+        assert before.sum() != after.sum()                          # and adapts
 
 
 # %% Section 11: the command line, end to end
