@@ -1547,16 +1547,9 @@ def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
         content = torch.load(path, weights_only=True)
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {content['version']!r}, not {VERSION}")
-        content["config"].pop("workers", None)
         config = complete(Config(**content["config"]))
         state = TrainState(**{f.name: content[f.name]
                               for f in dataclasses.fields(TrainState)})
-        if math.isnan(state.best_return) or not (
-                len(state.rows) == len(state.spread) == state.iteration):
-            raise ValueError("its rows are not those of its iteration")
-        for theta in (state.theta, state.best_theta):
-            if theta.dim() != 1 or not torch.isfinite(theta).all():
-                raise ValueError("its θ is not a row of finite numbers")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except MemoryError:
@@ -1564,9 +1557,6 @@ def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
     except Exception as error:     # a foreign file makes torch.load raise anything
         raise BadInput(f"{path}: not a checkpoint of this program, or a damaged one "
                        f"({error!s:.100}); it was left as it is") from None
-    P = make_policy(family_of(config), config).num_params
-    if not len(state.theta) == len(state.best_theta) == P:
-        raise BadInput(f"{path}: its θ is not {P} numbers; it was left as it is")
     return config, state
 
 

@@ -1779,15 +1779,11 @@ def test_checkpoint_of_another_kind_is_refused_and_left(copied, tmp_path, capsys
         torch.save(content, buffer := io.BytesIO())
         return buffer.getvalue()
 
-    flipped, theta = bytearray(saved(good)), good["theta"]
-    flipped[flipped.index(theta.numpy().tobytes()) + 9] ^= 1         # one bit of θ
+    flipped = bytearray(saved(good))
+    flipped[flipped.index(good["theta"].numpy().tobytes()) + 9] ^= 1    # one bit of θ
     for content in (bytes(flipped), saved(good)[:-99], saved(Command()), saved([]), *(
             saved(good | changes) for changes in (
-                dict(version=99), dict(format="other"), dict(theta=torch.zeros(31)),
-                dict(theta=None), dict(theta=theta * math.nan), dict(iteration=7),
-                dict(best_theta=theta[:-1]), dict(best_theta=theta * math.nan),
-                dict(iteration="x"), dict(rows=[]), dict(spread=None),
-                dict(best_return="x"), dict(config={}), dict(config={"no_such": 1}),
+                dict(version=99), dict(format="other"), dict(config={"no_such": 1}),
                 dict(config=good["config"] | {"alpha": -1})))):
         path.write_bytes(content)
         for args in (["--out", copied, "--resume"], ["--evaluate", path],
