@@ -1552,8 +1552,6 @@ def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
                               for f in dataclasses.fields(TrainState)})
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except MemoryError:
-        raise
     except Exception as error:     # a foreign file makes torch.load raise anything
         raise BadInput(f"{path}: not a checkpoint of this program, or a damaged one "
                        f"({error!s:.100}); it was left as it is") from None
