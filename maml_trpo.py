@@ -1921,16 +1921,14 @@ def train_in_folder(config: Config, folder: Path, state: TrainState) -> TrainSta
             save_checkpoint(folder / "checkpoint.pt", config, state)
             write_csv(folder / "progress.csv", PROGRESS_COLUMNS,
                       [row.values() for row in state.rows])
+        if state.rows:
+            recent = np.median([row["seconds_total"] for row in state.rows[-10:]])
+            say(progress_line(state.rows[-1], config.iterations, recent))
 
-    def after_iteration(new: TrainState) -> None:
-        keep(new)
-        recent = np.median([row["seconds_total"] for row in state.rows[-10:]])
-        say(progress_line(state.rows[-1], config.iterations, recent))
-
-    keep(state)
-    if state.iteration < config.iterations:
+    if config.iterations:
         say(PROGRESS_HEADER)
-    train_maml(config, start=state, after_iteration=after_iteration)
+    keep(state)                       # a resumed run says once more where it stands
+    train_maml(config, start=state, after_iteration=keep)
     return state
 
 
