@@ -1513,7 +1513,7 @@ class TrainState:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file beside `path`, then rename it: readers see the old or the new."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")
     try:
         with open(beside, "wb") as file:
             file.write(content)
@@ -1607,8 +1607,6 @@ def locked(folder: Path) -> Iterator[None]:
                            f"another --out") from None
         except (ImportError, OSError):
             pass                               # this system or disk has no such locks
-        for left in folder.glob(".*.tmp"):     # of processes killed while they wrote
-            left.unlink()
         yield
 
 
