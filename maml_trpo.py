@@ -1565,12 +1565,6 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> No
     write_atomically(path, text.getvalue().encode())
 
 
-def write_evaluation(path: Path, method: str, returns: np.ndarray) -> None:
-    """One row for each held-out task (by its number) and step."""
-    write_csv(path, ("method", "task", "step", "return"), [
-        (method, task, step, value) for (task, step), value in np.ndenumerate(returns)])
-
-
 def read_evaluation(folder: Path, task: str) -> tuple[str, np.ndarray]:
     """Another run's method and (tasks, steps + 1) table; BadInput if there is none."""
     try:
@@ -1940,7 +1934,8 @@ def report(config: Config, folder: Path, state: TrainState, theta: Tensor, which
         return
     write_atomically(folder / "config.json", json.dumps(
         settings_of(config), indent=1).encode() + b"\n")
-    write_evaluation(folder / "evaluation.csv", config.method, table)
+    write_csv(folder / "evaluation.csv", ("method", "task", "step", "return"), [
+        (config.method, *place, value) for place, value in np.ndenumerate(table)])
     tables = [(f"{config.method}, {which}", table)]
     for other in compare:
         method, theirs = read_evaluation(other, config.task)

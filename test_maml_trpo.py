@@ -1141,16 +1141,18 @@ def outcome(folder: Path) -> list:
             (folder / "config.json").read_text(encoding="utf-8")]
 
 
-def test_evaluation_is_written_task_by_task_and_read_again(tmp_path, monkeypatch):
+def test_evaluation_is_written_task_by_task_and_read_again(
+        tmp_path, no_figures, monkeypatch):
     """Two tasks and three values, all different; whole when the file is synced."""
     sizes, table = [], np.array([[1.5, -2.25, 3.125], [4.0, 5.0, -6.0625]])
     monkeypatch.setattr(os, "fsync", lambda file: sizes.append(os.fstat(file).st_size))
-    mt.write_evaluation(tmp_path / "evaluation.csv", "oracle", table)
-    assert sizes == [(tmp_path / "evaluation.csv").stat().st_size]
+    monkeypatch.setattr(mt, "evaluate", lambda *args: table)
+    config = mt.complete(mt.Config(method="oracle"))
+    mt.report(config, tmp_path, mock.Mock(rows=[]), None, "last θ", [])
+    assert sizes[-1] == (tmp_path / "evaluation.csv").stat().st_size
     assert (tmp_path / "evaluation.csv").read_text().split() == [
         "method,task,step,return", "oracle,0,0,1.5", "oracle,0,1,-2.25",
         "oracle,0,2,3.125", "oracle,1,0,4.0", "oracle,1,1,5.0", "oracle,1,2,-6.0625"]
-    (tmp_path / "config.json").write_text('{"task": "point2d"}')
     method, again = mt.read_evaluation(tmp_path, "point2d")
     assert method == "oracle" and np.array_equal(again, table)
 

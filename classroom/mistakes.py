@@ -215,8 +215,6 @@ write_atomically
     path.with_name( => (lambda name: path)( :: files are written in place
 settings_of
     if name != "workers" =>  :: workers are kept with a run
-write_evaluation
-    (method, task, step, => (method, step, task, :: tasks and steps exchanged
 read_evaluation
     other != task => False :: another task's table is compared
 locked
@@ -237,6 +235,8 @@ first_state
     theta=other.theta, => theta=other.best_theta, :: --init takes the best θ
     ("iterations", "workers")) => ("iterations", "workers", "seed")) ::
         --resume takes another seed
+report
+    *place, value) => *place[::-1], value) :: tasks and steps exchanged
 run
     state.best_theta, => state.theta, :: --best shows the last θ
     theta = state.theta\n => theta = state.best_theta\n :: the best θ, called the last
