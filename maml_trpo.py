@@ -81,7 +81,6 @@ import io
 import json
 import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -1100,25 +1099,16 @@ def one_thread_each():
 
 @contextmanager
 def process_group():
-    """Join the other processes that torchrun started; alone, do nothing.
-
-    When one of them dies, either gloo's next call fails or torchrun's SIGTERM comes
-    first: both raise RuntimeError, and `main` says what happened.
-    """
-    def stop(*_):
-        raise torch.distributed.DistError("torchrun sent SIGTERM")
-
+    """Join the other processes that torchrun started; alone, do nothing."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         raise BadInput("WORLD_SIZE is set, but not by torchrun: unset it")
     torch.distributed.init_process_group("gloo")
-    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)   # this process is ending anyway
         torch.distributed.destroy_process_group()
 
 
@@ -2072,15 +2062,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return fail(1, f"{error}: mend the cause; a training goes on from its last "
                        f"checkpoint with --resume")
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            return fail(1, f"out of memory, choose smaller settings ({error!s:.80})")
-        if not isinstance(error, torch.distributed.DistError) and (
-                "gloo" not in str(error)):
-            raise
-        return fail(1, "another process of this run ended or cannot be reached, or "
-                       "torchrun was stopped; the last checkpoint, if there is one, is "
-                       "intact: go on with --resume and the --out of this run")
     except KeyboardInterrupt:
         return fail(130, "interrupted; a training goes on with --out DIR --resume")
 

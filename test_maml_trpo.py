@@ -1635,8 +1635,8 @@ def dying_rank(dies, seconds, args):
 
 @pytest.mark.parametrize("dies, seconds", [
     (0, 2), pytest.param(0, 0, marks=slow), pytest.param(1, 5, marks=slow)])
-def test_killed_rank_ends_the_run_with_a_sentence_and_it_can_go_on(
-        tmp_path, no_figures, capfd, dies, seconds):
+def test_killed_rank_ends_the_run_and_it_can_go_on(
+        tmp_path, no_figures, dies, seconds):
     """Under torchrun, SIGKILL: the other one is in gloo's call, or busy for a while."""
     script, out = tmp_path / "ranks.py", tmp_path / "out"
     args = [*TINY, "--iterations", "5", "--hvp", HVPS[1], "--out", str(out)]
@@ -1647,10 +1647,6 @@ def test_killed_rank_ends_the_run_with_a_sentence_and_it_can_go_on(
     torchrun.start()
     torchrun.join(300)
     assert torchrun.exitcode == 1
-    error = capfd.readouterr().err
-    said = re.findall("^maml_trpo.py.*", error, re.MULTILINE)
-    assert len(said) == 1 and "another process of this run ended" in said[0]
-    assert "--resume" in said[0] and 'maml_trpo.py", line' not in error
     assert mt.load_checkpoint(out / "checkpoint.pt")[1].iteration == 2
     assert mt.main([*args, "--resume"]) == 0
     config, state = mt.load_checkpoint(out / "checkpoint.pt")
@@ -1817,16 +1813,6 @@ def test_gradient_or_action_that_is_not_finite_stops_in_its_iteration(monkeypatc
         train_toy(toy_family())
     with pytest.raises(mt.Diverged, match="action at step 0"):      # θ's fault
         mt.evaluate(tiny_config(), math.nan * first_theta(tiny_config()))
-
-
-@pytest.mark.parametrize("error", [
-    MemoryError("Unable to allocate 9 GiB"), RuntimeError(
-        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
-def test_out_of_memory_is_one_sentence(tmp_path, monkeypatch, capsys, error):
-    monkeypatch.setattr(mt, "train_maml", mock.Mock(side_effect=error))
-    assert tiny_run(tmp_path / "run") == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "out of memory" in error
 
 
 def test_environments_own_error_keeps_its_traceback():
