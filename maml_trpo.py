@@ -933,17 +933,14 @@ class Diverged(RuntimeError):
     """Training produced numbers that are not finite; the message says which, when."""
 
 
-LIMITS = {                          # field of Config → least and greatest value
-    **dict.fromkeys(("seed", "iterations"), (0, 10**9)),
-    **dict.fromkeys(("meta_batch_size", "rollouts", "horizon", "eval_tasks", "workers",
-                     "eval_episodes", "cg_iterations", "backtrack_steps", "inner_steps",
-                     "hidden"), (1, 10**4)),
-    **dict.fromkeys(("alpha", "eval_alpha", "damping", "cg_tolerance"), (0, 10**6)),
-    **dict.fromkeys(("gamma", "lam"), (0, 1)), "eval_steps": (0, 10**4),
-    **dict.fromkeys(("max_kl", "fd_step"), (1e-12, 10**6)),
-    "init_std": (1e-5, 1e5), "backtrack_ratio": (0.01, 0.99)}
-KINDS = {"int": ((int,), "a whole number"), "float": ((int, float), "a number"),
-         "tuple": ((int,), "whole numbers such as 100,100, each")}
+KINDS = {       # kind of a field → its types, in words, its least and greatest value …
+    "int": ((int,), "a whole number", (1, 10**4)),
+    "float": ((int, float), "a number", (0, 10**6)),
+    "tuple": ((int,), "whole numbers such as 100,100, each", (1, 10**4))}
+LIMITS = {                                                # … but for these fields
+    "seed": (0, 10**9), "iterations": (0, 10**9), "eval_steps": (0, 10**4),
+    "gamma": (0, 1), "lam": (0, 1), "backtrack_ratio": (0.01, 0.99),
+    "init_std": (1e-5, 1e5), "max_kl": (1e-12, 10**6), "fd_step": (1e-12, 10**6)}
 
 
 def check_config(config: Config) -> None:
@@ -958,10 +955,11 @@ def check_config(config: Config) -> None:
         elif choices:
             good, must = value in choices, f"one of {', '.join(choices)}"
         else:
-            (low, high), (types, what) = LIMITS[f.name], KINDS[kind]
+            types, what, limits = KINDS[kind]
+            low, high = LIMITS.get(f.name, limits)
             must = f"{what} from {low:g} to {high:g}"
-            numbers = value if type(value) is tuple else (value,)
-            good = numbers and (type(value) is tuple) == (kind == "tuple") and all(
+            numbers = value if kind == "tuple" else (value,)
+            good = type(numbers) is tuple and numbers and all(
                 type(x) in types and low <= x <= high for x in numbers)
         if not good:
             raise BadInput(f"{f.name} must be {must}, not {value!r}")
