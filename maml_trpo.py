@@ -1559,13 +1559,8 @@ def read_evaluation(folder: Path, task: str) -> tuple[str, np.ndarray]:
         other = json.loads((folder / "config.json").read_text(encoding="utf-8"))["task"]
         with open(folder / "evaluation.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        method = rows[0]["method"]
-        shape = [1 + max(int(row[name]) for row in rows) for name in ("task", "step")]
-        table = np.full(shape, np.nan)
-        for row in rows:
-            table[int(row["task"]), int(row["step"])] = float(row["return"])
-        if not np.isfinite(table).all():
-            raise ValueError("its table has gaps")
+        method, steps = rows[0]["method"], 1 + int(rows[-1]["step"])
+        table = np.reshape([float(row["return"]) for row in rows], (-1, steps))
     except Exception as error:        # whatever foreign files make json and csv raise
         raise BadInput(f"--compare {folder}: no finished run there, with config.json "
                        f"and evaluation.csv ({error!s:.80})") from None

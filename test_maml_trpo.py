@@ -1453,14 +1453,14 @@ def test_two_runs_started_at_once_get_two_folders(tmp_path, no_figures, monkeypa
     (["--evaluate", "run/checkpoint.pt", "--alpha", "0.3"], "alpha"),
     (["--evaluate", "run/checkpoint.pt", "--task", "ant-vel"], "point2d.*ant-vel"),
     (["--compare", "run/evaluation.csv"], "run"), (["--compare", "ant"], "ant"),
-    (["--compare", "gaps"], "gaps"), (["--compare", "header"], "header"),
+    (["--compare", "broken"], "broken"), (["--compare", "header"], "header"),
     (["--out", "/proc/maml"], "/proc/maml"), (["--render", "old.gif"], "new file")])
 def test_bad_input_is_one_sentence_and_status_2_and_changes_nothing(
         tmp_path, trained, monkeypatch, capsys, args, words):
     (tmp_path / "foreign.pt").write_bytes(b"not a checkpoint")
     (tmp_path / "old.gif").write_bytes(b"mine")
     shutil.copytree(trained, tmp_path / "run")
-    for name, old, new in (("gaps", ",1,2,", ",1,1,"), ("header", "method", "")):
+    for name, old, new in (("broken", "maml,0,0", ""), ("header", "method", "")):
         table = shutil.copytree(trained, tmp_path / name) / "evaluation.csv"
         table.write_text(table.read_text().replace(old, new))
     shutil.copytree(trained, tmp_path / "ant")              # a run of another task
