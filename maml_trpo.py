@@ -1543,6 +1543,9 @@ def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
     except Exception as error:     # a foreign file makes torch.load raise anything
         raise BadInput(f"{path}: not a checkpoint of this program, or a damaged one "
                        f"({error!s:.100}); it was left as it is") from None
+    P = make_policy(family_of(config), config).num_params
+    if not len(state.theta) == len(state.best_theta) == P:
+        raise BadInput(f"{path}: its θ is not {P} numbers; it was left as it is")
     return config, state
 
 
@@ -2055,6 +2058,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return fail(1, f"{error}: mend the cause; a training goes on from its last "
                        f"checkpoint with --resume")
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error):
+            raise
+        return fail(1, f"out of memory, choose smaller settings ({error!s:.80})")
     except KeyboardInterrupt:
         return fail(130, "interrupted; a training goes on with --out DIR --resume")
 

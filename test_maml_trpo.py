@@ -1781,7 +1781,8 @@ def test_checkpoint_of_another_kind_is_refused_and_left(copied, tmp_path, capsys
     flipped[flipped.index(good["theta"].numpy().tobytes()) + 9] ^= 1    # one bit of θ
     for content in (bytes(flipped), saved(good)[:-99], saved(Command()), saved([]), *(
             saved(good | changes) for changes in (
-                dict(version=99), dict(format="other"), dict(config={"no_such": 1}),
+                dict(version=99), dict(format="other"), dict(theta=torch.zeros(31)),
+                dict(config={"no_such": 1}),
                 dict(config=good["config"] | {"alpha": -1})))):
         path.write_bytes(content)
         for args in (["--out", copied, "--resume"], ["--evaluate", path],
@@ -1813,6 +1814,16 @@ def test_gradient_or_action_that_is_not_finite_stops_in_its_iteration(monkeypatc
         train_toy(toy_family())
     with pytest.raises(mt.Diverged, match="action at step 0"):      # θ's fault
         mt.evaluate(tiny_config(), math.nan * first_theta(tiny_config()))
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError("Unable to allocate 9 GiB"), RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_out_of_memory_is_one_sentence(tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr(mt, "train_maml", mock.Mock(side_effect=error))
+    assert tiny_run(tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "out of memory" in error
 
 
 def test_environments_own_error_keeps_its_traceback():
