@@ -934,8 +934,8 @@ class Diverged(RuntimeError):
 
 
 KINDS = {       # kind of a field → its types, in words, its least and greatest value …
-    "int": ((int,), "a whole number", (1, 10**4)),
-    "float": ((int, float), "a number", (0, 10**6)),
+    "int": ((int,), "a whole number (int)", (1, 10**4)),
+    "float": ((int, float), "a number (float)", (0, 10**6)),
     "tuple": ((int,), "whole numbers such as 100,100, each", (1, 10**4))}
 LIMITS = {                                                # … but for these fields
     "seed": (0, 10**9), "iterations": (0, 10**9), "eval_steps": (0, 10**4),
@@ -1362,7 +1362,11 @@ def set_spaces(envs: VectorEnv, observation: gym.Space, action: gym.Space) -> No
 def family_of(config: Config, family: TaskFamily | None = None) -> TaskFamily:
     """`family`, or TASKS[config.task]; for the oracle with the task observed."""
     family = family or TASKS[config.task]
-    return with_task_observed(family) if config.method == "oracle" else family
+    if config.method != "oracle":
+        return family
+    if family.name not in TASKS:                  # before its tasks are added to it
+        check_environment(family, config)
+    return with_task_observed(family)
 
 
 def make_policy(family: TaskFamily, config: Config) -> GaussianPolicy:
@@ -1618,7 +1622,8 @@ def draw_learning_curve(path: Path, config: Config, state: TrainState) -> None:
              "without adaptation", PALETTE["maml"])):
         if k == 0 and not config.inner_updates:
             continue
-        ax.plot(iterations, [row[name] for row in state.rows], color=color, label=label)
+        ax.plot(iterations, [row[name] for row in state.rows], color=color, label=label,
+                marker=".", markersize=3)
         ax.fill_between(iterations, spread[:, 2 * k], spread[:, 2 * k + 1], color=color,
                         alpha=0.2, linewidth=0)
     ax.set(xlabel="meta-iteration", ylabel="return (undiscounted, training tasks)")
@@ -1632,16 +1637,17 @@ def draw_adaptation(path: Path, config: Config,
                     tables: Sequence[tuple[str, np.ndarray]]) -> None:
     """Return against the number of gradient steps, with the paper's rows dashed."""
     figure, (ax,) = new_figure(width=8.4)
-    for label, method, mean, error in comparison_rows(config, tables):
+    for k, (label, method, mean, error) in enumerate(comparison_rows(config, tables)):
         if label.startswith(" "):                                  # one direction alone
             continue
         style = dict(color=PALETTE.get(method), label=label)
         if error is None:
             style.update(linestyle="--", alpha=0.7)
-        if len(mean) == 1:
+        if method == "oracle":
             ax.axhline(mean[0], **style)
         else:
-            ax.errorbar(range(len(mean)), mean, error, marker="o", capsize=3, **style)
+            ax.errorbar(range(len(mean)), mean, error, marker="osD^v"[k % 5],
+                        capsize=3, **style)
     note = "" if config.task == "point2d" else "\n(paper: another simulator)"
     ax.set(xlabel="gradient steps on the task", ylabel="return (undiscounted)")
     ax.set_title(f"{config.task}: mean ± standard error over {len(tables[0][1])} "
@@ -1692,7 +1698,7 @@ def comparison_rows(config: Config, tables: Sequence[tuple[str, np.ndarray]],
     rows: list = []
     for label, table in tables:
         method, directions = label.split(",")[0], {}
-        if config.task in ("cheetah-dir", "ant-dir") and len(table) > 1:
+        if config.task.endswith("-dir") and len(table) > 1:
             directions = {"  forward": table[::2], "  backward": table[1::2]}  # in turn
         error = standard_error(*directions.values() or [table])
         rows.append((label, method, table.mean(0), error))
@@ -1926,7 +1932,7 @@ def report(config: Config, folder: Path, state: TrainState, theta: Tensor, which
     for other in compare:
         method, theirs = read_evaluation(other, config.task)
         size = "" if len(theirs) == len(table) else f", tasks: {len(theirs)}"
-        tables.append((f"{method}, {other.name}{size}", theirs))
+        tables.append((f"{method}, {other.resolve().name}{size}", theirs))
     say("\nReturn, mean ± standard error over the tasks\n"
         + comparison_table(config, tables))
     if state.rows:

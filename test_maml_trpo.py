@@ -65,7 +65,6 @@ FORK = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else 
 
 # %% Helpers: small random problems, float64, pairwise different sizes
 
-
 def random_trajectories(rng, K=3, H=5, S=4, A=2):
     """Trajectories of random numbers; two end early and are padded with zeros."""
     mask = np.ones((K, H))
@@ -242,6 +241,7 @@ def test_workers_are_the_cores_or_a_ranks_share_of_them(monkeypatch, ranks, work
 @pytest.mark.parametrize("name, value", [
     ("alpha", -0.1), ("alpha", math.nan), ("alpha", math.inf), ("alpha", "much"),
     ("gamma", 1.5), ("meta_batch_size", 0), ("rollouts", 1.5), ("rollouts", True),
+    ("backtrack_ratio", 1.5), ("backtrack_ratio", 0), ("inner_steps", 0),
     ("horizon", 10**9), ("hidden", ()), ("hidden", (3, 0)), ("hidden", [3]),
     ("hvp", "magic"), ("max_kl", 0), ("task", "walker"), ("first_order", 1)])
 def test_config_refuses_an_impossible_value_by_name(name, value):
@@ -250,7 +250,6 @@ def test_config_refuses_an_impossible_value_by_name(name, value):
 
 
 # %% Section 1: tasks
-
 
 def test_point2d_ends_in_a_box_and_not_in_a_circle():
     """At (0.008, 0.008) from the goal an episode ends; at (0.011, 0.0) it does not."""
@@ -308,7 +307,6 @@ def test_replaced_make_envs_makes_the_environments_that_are_used():
 
 
 # %% Section 2: the policy
-
 
 def test_policy_kl_equals_torch_distributions_and_monte_carlo():
     """The reversed arguments give another number."""
@@ -370,7 +368,6 @@ def test_policy_of_a_run_equals_torchs_layers_with_its_sizes_and_first_std(activ
 
 
 # %% Section 3: rollouts
-
 
 def test_rollout_records_what_the_environment_saw():
     """point2d, replayed from the recorded actions: positions, rewards, ends."""
@@ -436,13 +433,12 @@ def test_rollout_depends_on_its_seed_and_on_nothing_before():
 
 # %% Section 4: returns, baseline, advantages
 
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_advantages_equal_plain_loops_from_rewards_to_the_end(dtype):
     """R by γ, V by ridge on R, δ by γ, Σ(γλ)ˡδ, then mean 0 and std 1; γ ≠ λ ≠ 1."""
     K, H, gamma, lam = 11, 13, 0.8, 0.5
     data = random_trajectories(np.random.default_rng(8), K, H, S=3)
-    data.obs[2, 1] = 50.0                                        # clipped to 10
+    data.obs[2, 1], data.obs[2, 2] = 50.0, -50.0                 # clipped to ±10
     data = mt.Trajectories(*(x.to(dtype) for x in vars(data).values()))
     rew, happened = data.rew.double().numpy(), data.mask.numpy() == 1
 
@@ -469,7 +465,6 @@ def test_advantages_equal_plain_loops_from_rewards_to_the_end(dtype):
 
 
 # %% Section 5: the inner update
-
 
 def test_inner_loss_equals_plain_loop():
     """−(1/N) Σ log π·Â over the N steps that happened, not episodes."""
@@ -513,7 +508,6 @@ def test_adapt_without_a_graph_is_theta_minus_a_constant():
 
 
 # %% Section 6: meta-objective and KL
-
 
 def meta_objective(policy, data, alpha=ALPHA, config=None):
     """The surrogate as a plain function of θ, written out once more."""
@@ -572,7 +566,6 @@ def test_kl_and_its_gradient_are_exactly_zero_at_theta_old(dtype):
 
 
 # %% Section 7: the TRPO step
-
 
 def one_j_problem(**changes):
     """Three tasks of point2d; tanh, float64, an α so large that J is far from I."""
@@ -783,7 +776,6 @@ def test_step_without_curvature_is_skipped_and_the_log_says_so(monkeypatch, fact
 
 # %% Section 8: meta-training
 
-
 def first_theta(config):
     policy = mt.make_policy(mt.family_of(config), config)
     return mt.TrainState.initial(policy, config).theta
@@ -887,7 +879,6 @@ def test_short_training_improves_the_return_after_adaptation():
 
 # %% The paper's locomotion tasks, against Gymnasium's own environments
 
-
 def family_named(name):
     if name != "point2d":
         pytest.importorskip("mujoco")
@@ -928,6 +919,9 @@ def test_walkers_match_gymnasium_step_by_step_over_whole_episodes(name):
                 paid += 0.05 - 0.0005 * forces + (name == "ant-vel")
             assert reward[k] == pytest.approx(paid, rel=1e-12, abs=1e-12)
     assert ended.any() != cheetah                              # both ways were seen
+    envs.reset(seed=seeds)
+    _, reward, terminated, *_ = envs.step(actions)             # all walk again
+    assert reward.all() and not terminated.any()
 
 
 @pytest.mark.parametrize("name", ("point2d", "cheetah-dir", "ant-vel"))
@@ -946,9 +940,13 @@ def test_same_seed_same_run_with_one_or_two_workers(name, monkeypatch):
     for function, threads in used.items():
         def spy(*args, right=getattr(mt, function), threads=threads, **kw):
             threads.add(threading.current_thread() is threading.main_thread())
+            used.setdefault("threads", set()).add(torch.get_num_threads())
             return right(*args, **kw)
         monkeypatch.setattr(mt, function, spy)
+    torch.set_num_threads(2)                    # of the caller, who gets them back
     again, same = run(workers=2)
+    assert torch.get_num_threads() == 2 and used.pop("threads") == {1}
+    torch.set_num_threads(1)
     assert used == {"task_rollout": {name == "point2d"}, "surrogate_and_kl": {False}}
     assert torch.equal(theta, again) and without_seconds(rows) == without_seconds(same)
     assert torch.equal(theta, run()[0]) and not torch.equal(theta, run(seed=1)[0])
@@ -1019,22 +1017,27 @@ def test_walkers_say_nothing_and_leave_no_file(tmp_path, monkeypatch, capfd):
 
 # %% Section 9: evaluation
 
-# The numbers of the paper's figures, a second time: maml and oracle.
+# The paper's figures, a second time: maml, oracle, the sums of pretrained and random.
 PAPER = {
-    "point2d": ("-40.41 -11.68 -3.33 -3.23", "-2.29"),
-    "cheetah-dir": ("-50.69 293.19 313.48 315.65", "442.69"),
-    "cheetah-vel": ("-129.53 -78.57 -66.62 -60.78", "-54.47"),
-    "ant-vel": ("30.58 96.74 100.06 101.41", "107.89"),
-    "ant-dir": ("8.66 499.15 500.68 499.11", "524.80"),
+    "point2d": ("-40.41 -11.68 -3.33 -3.23", "-2.29", (-80.73, -241.27)),
+    "cheetah-dir": ("-50.69 293.19 313.48 315.65", "442.69", (-61.06, 134.60)),
+    "cheetah-vel": ("-129.53 -78.57 -66.62 -60.78", "-54.47", (-555.47, -986.78)),
+    "ant-vel": ("30.58 96.74 100.06 101.41", "107.89", (22.22, -225.56)),
+    "ant-dir": ("8.66 499.15 500.68 499.11", "524.80", (17.80, 54.43)),
 }
 
 
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_papers_numbers_are_these_and_stand_below_ours(task):
-    tables = [(f"{method}, last θ", np.zeros((40, 4))) for method in ("maml", "oracle")]
+    methods = ("maml", "oracle", "pretrained", "random")
+    tables = [(f"{method}, last θ", np.zeros((40, 4))) for method in methods]
     printed = mt.comparison_table(mt.complete(mt.Config(task=task)), tables)
-    paper = re.findall(r"^\w+, paper +(.*?) *$", printed, re.MULTILINE)
-    assert [row.split() for row in paper] == [row.split() for row in PAPER[task]]
+    paper = {method: row.split() for method, row in re.findall(
+        r"^(\w+), paper +(.*)$", printed, re.MULTILINE)}
+    assert [paper["maml"], paper["oracle"]] == [row.split() for row in PAPER[task][:2]]
+    sums = [sum(map(float, paper[method])) for method in methods[2:]]
+    np.testing.assert_allclose(sums, PAPER[task][2])
+    assert printed.splitlines()[0].split() == "gradient steps 0 1 2 3".split()
 
 
 def plain_evaluation(config, theta, m, task):
@@ -1179,7 +1182,6 @@ def test_a_runs_files_hold_its_rows_its_settings_and_not_its_workers(trained):
 
 # %% Section 10: figures, read back from their axes, and the printed table
 
-
 @pytest.fixture
 def drawn(monkeypatch):
     """{"learning.png": figure}: figures are kept in place of being written."""
@@ -1195,7 +1197,7 @@ def test_learning_curve_shows_means_and_the_middle_half_of_the_tasks(
     config, states = constant_runs(monkeypatch, PRE, POST)
     mt.draw_learning_curve(Path("learning.png"), config, states[-1])
     (ax,) = drawn["learning.png"].axes
-    assert len(ax.lines) == len(ax.collections) == 2
+    assert len(ax.lines) == len(ax.collections) == 2 and "3 tasks" in ax.get_title()
     for returns, line, band in zip((PRE, POST), ax.lines, ax.collections):
         x, y = line.get_data()
         assert x.tolist() == [0, 1, 2] and y.tolist() == np.mean(returns, 1).tolist()
@@ -1207,22 +1209,23 @@ def test_learning_curve_shows_means_and_the_middle_half_of_the_tasks(
         config, method="pretrained"), states[-1])                 # which is not adapted
     (line,) = drawn["learning.png"].axes[0].lines
     assert line.get_ydata().tolist() == np.mean(POST, 1).tolist()
+    assert line.get_label() == "without adaptation"
 
 
 def plain_error(table):
     return table.std(axis=0, ddof=1) / math.sqrt(len(table))
 
 
-@pytest.mark.parametrize("task", ["point2d", "cheetah-dir"])
+@pytest.mark.parametrize("task", ["point2d", "cheetah-dir", "ant-dir"])
 def test_standard_error_leaves_out_what_lies_between_the_two_directions(drawn, task):
     """Printed and drawn: mean ± error of the mean by its definition, and the paper."""
     table = np.random.default_rng(0).normal(0, 500, (40, 3))
     table += 9000.0 * np.resize([1, -1], (40, 1))
     error, rows, config = plain_error(table), [], mt.complete(mt.Config(task=task))
-    if task == "cheetah-dir":
+    if task != "point2d":
         rows = [table[0::2], table[1::2]]
         error = np.hypot(*map(plain_error, rows)) / 2
-    tables = [("maml, last θ", table), ("oracle, other", table[:, :1])]
+    tables = [("maml, last θ", table), ("oracle, other", table[:20, :1])]
     printed = mt.comparison_table(config, tables).splitlines()
     expected = [(table.mean(0), error), *((x.mean(0), plain_error(x)) for x in rows)]
     for line, numbers in zip(printed[1:], expected):
@@ -1238,13 +1241,15 @@ def test_standard_error_leaves_out_what_lies_between_the_two_directions(drawn, t
     (ax,) = drawn["adaptation.png"].axes
     containers = {container.get_label(): container for container in ax.containers}
     ours, paper = containers["maml, last θ"].lines, containers["maml, paper"].lines[0]
-    np.testing.assert_allclose(ours[0].get_ydata(), table.mean(0))
+    np.testing.assert_allclose(ours[0].get_xydata().T, [[0, 1, 2], table.mean(0)])
+    assert (ours[0].get_linestyle(), paper.get_linestyle()) == ("-", "--")
+    assert "over 40" in ax.get_title()
     bars = np.array(ours[2][0].get_segments())             # (3, both ends, x and y)
     np.testing.assert_allclose(bars[..., 1].T, [table.mean(0) - error,
                                                 table.mean(0) + error])
     assert paper.get_ydata().tolist() == [float(x) for x in PAPER[task][0].split()]
     flat = [line.get_ydata()[0] for line in ax.lines if "oracle" in line.get_label()]
-    np.testing.assert_allclose(flat, [table[:, 0].mean(), float(PAPER[task][1])])
+    np.testing.assert_allclose(flat, [table[:20, 0].mean(), float(PAPER[task][1])])
 
 
 @pytest.mark.parametrize("method", ["maml", "oracle"])
@@ -1265,6 +1270,9 @@ def test_trajectories_show_each_goals_own_walks(drawn, monkeypatch, method):
             path = data.obs[0, :lengths[-1], :2].T
             np.testing.assert_allclose(walk, path, atol=1e-5)
         np.testing.assert_allclose([star[:, 0], origin[:, 0]], [goal, [0, 0]])
+        assert ax.get_title() == "goal ({:.2f}, {:.2f})".format(*goal)
+        assert np.abs(ax.get_xlim()).min() == np.abs(ax.get_ylim()).min() > 0.5
+        assert ax.lines[1].get_label() == ("1 step" if method == "maml" else "goal")
     assert min(lengths) < 9 == max(lengths), "choose another box"
 
 
@@ -1290,7 +1298,6 @@ def test_render_draws_an_episode_before_and_one_after_adaptation(name, tmp_path)
 
 # %% Section 11: the command line, end to end
 
-
 def test_command_line_trains_evaluates_draws_and_says_where(
         tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -1298,6 +1305,7 @@ def test_command_line_trains_evaluates_draws_and_says_where(
     out, folder = capsys.readouterr().out, Path("runs/point2d-maml-seed0")
     assert names_in(folder) == sorted(mt.RUN_FILES)
     assert str(folder) in out.splitlines()[-1] and "maml, paper" in out
+    assert re.findall(r"^ +(\d+) .*→", out, re.MULTILINE) == ["1", "2"]
     for name in ("learning.png", "adaptation.png", "trajectories.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
 
@@ -1325,6 +1333,8 @@ print([mt.main({[*TINY, "--out", "a"]!r}),
                           capture_output=True, timeout=300)
     assert done.stdout.endswith("[0, 2]\n") and "pip install" in done.stderr
     assert done.stderr.count("\n") == 1 and names_in(tmp_path) == ["a"]
+    assert subprocess.run([sys.executable, HERE / "maml_trpo.py", "--best"],
+                          capture_output=True, timeout=300).returncode == 2
 
 
 def test_progress_line_shows_each_number_in_its_column():
@@ -1341,8 +1351,9 @@ def test_progress_line_shows_each_number_in_its_column():
 
 
 def test_command_line_resumes_extends_compares_and_evaluates(
-        tmp_path, no_figures, trained, capsys):
+        tmp_path, no_figures, trained, monkeypatch, capsys):
     a, b, e = tmp_path / "a", tmp_path / "b", str(tmp_path / "e")
+    monkeypatch.setattr(mt, "draw_adaptation", drawn := mock.Mock())
     assert tiny_run(a, "--iterations", "3", "--workers", "2") == 0
     assert tiny_run(b) == 0 and tiny_run(b, "--iterations", "3", "--resume") == 0
     assert outcome(a) == outcome(b)
@@ -1357,20 +1368,25 @@ def test_command_line_resumes_extends_compares_and_evaluates(
         a, "evaluation.csv").read_text()
     assert mt.main([*evaluate, e, "--out", e + "2", "--eval-tasks", "2"]) == 0
     assert re.search("maml, e,.* 5", capsys.readouterr().out)       # of an evaluation
+    assert len(drawn.call_args.args[2]) == 2                        # both are drawn
 
 
 def test_report_is_of_the_last_theta_and_with_best_of_the_best(
-        trained, tmp_path, no_figures, capsys):
+        trained, tmp_path, no_figures, monkeypatch, capsys):
     """With every setting of an evaluation, which are written down with it."""
     config, state = mt.load_checkpoint(trained / "checkpoint.pt")
     given = dict(eval_tasks=3, eval_steps=1, eval_episodes=4, seed=6, eval_alpha=0.7)
+    shown = []
+    for name in ("draw_trajectories", "render_gif"):
+        monkeypatch.setattr(mt, name, lambda path, config, theta: shown.append(theta))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     for more, theta, which, changes in (([], state.theta, "last", {}),
                                         (["--best"], state.best_theta, "best", {}),
                                         (flags, state.theta, "last", given)):
         out = tmp_path / str(len(more))
         assert mt.main(["--evaluate", str(trained / "checkpoint.pt"), "--out", str(out),
-                        *more]) == 0
+                        "--workers=1", f"--render={out}.gif", *more]) == 0
+        assert torch.equal(shown.pop(), theta) and torch.equal(shown.pop(), theta)
         assert f"maml, {which} θ" in capsys.readouterr().out
         np.testing.assert_array_equal(
             mt.read_evaluation(out, "point2d")[1],
@@ -1385,9 +1401,11 @@ def test_init_starts_from_the_last_theta_of_the_other_run(
     assert tiny_run(tmp_path / "a", *init, "--iter", "0", "--inner-l", "ratio") == 0
     config, state = mt.load_checkpoint(tmp_path / "a" / "checkpoint.pt")
     assert state.iteration == 0 and torch.equal(state.theta, last)
+    assert torch.equal(state.best_theta, last)
     assert config.inner_loss == "ratio"                   # flags may be shortened
     for more, words in ((["--activation", "tanh"], "activation"), (["--hidden", "5"],
-                        "hidden"), (["--method", "oracle"], "oracle"),
+                        "hidden"), (["--method", "oracle"], "oracle"), (
+                        ["--task", "ant-dir"], "task"),
                         (["--method", "random", "--iterations", "0"], "--init")):
         assert words in refused(capsys, *TINY, "--out", tmp_path / "b", *init, *more)
     assert not (tmp_path / "b").exists()
@@ -1414,8 +1432,6 @@ def test_resume_refuses_every_setting_but_iterations_and_workers(copied, capsys)
 def test_resume_of_a_finished_run_evaluates_it_again(copied, no_figures, capsys):
     first = outcome(copied)
     (copied / "evaluation.csv").unlink()               # killed while it was evaluated
-    with open(copied / "progress.csv", "a") as f:      # a row ahead of the checkpoint
-        f.write("1,-0.3")
     assert mt.main(["--resume", "--out", str(copied), "--workers", "2"]) == 0
     assert ("2 of 2 meta-iterations done; tasks 2, episodes 3, steps 4, inner steps 1, "
             "workers 2; " in capsys.readouterr().out)
@@ -1454,7 +1470,8 @@ def test_two_runs_started_at_once_get_two_folders(tmp_path, no_figures, monkeypa
     (["--evaluate", "run/checkpoint.pt", "--task", "ant-vel"], "point2d.*ant-vel"),
     (["--compare", "run/evaluation.csv"], "run"), (["--compare", "ant"], "ant"),
     (["--compare", "broken"], "broken"), (["--compare", "header"], "header"),
-    (["--out", "/proc/maml"], "/proc/maml"), (["--render", "old.gif"], "new file")])
+    (["--out", "broken"], "already"), (["--out", "/proc/maml"], "/proc/maml"),
+    (["--render", "old.gif"], "new file")])
 def test_bad_input_is_one_sentence_and_status_2_and_changes_nothing(
         tmp_path, trained, monkeypatch, capsys, args, words):
     (tmp_path / "foreign.pt").write_bytes(b"not a checkpoint")
@@ -1463,6 +1480,7 @@ def test_bad_input_is_one_sentence_and_status_2_and_changes_nothing(
     for name, old, new in (("broken", "maml,0,0", ""), ("header", "method", "")):
         table = shutil.copytree(trained, tmp_path / name) / "evaluation.csv"
         table.write_text(table.read_text().replace(old, new))
+        (tmp_path / name / "checkpoint.pt").unlink()         # as after --evaluate
     shutil.copytree(trained, tmp_path / "ant")              # a run of another task
     config = tmp_path / "ant" / "config.json"
     config.write_text(config.read_text().replace("point2d", "ant-vel"))
@@ -1552,7 +1570,6 @@ def test_own_environment_of_the_notes_runs(tmp_path, monkeypatch):
 
 # %% Many machines: real processes, gloo on the loopback address
 
-
 def three_iterations(dtype, out):
     """θ, returns and evaluation of a run; then status and number of printed lines of a
     command with three tasks, and of one with a single task, too few for several."""
@@ -1604,18 +1621,19 @@ def test_ranks_compute_the_same_run(tmp_path, monkeypatch, dtype, tolerance, cou
         assert all(one[3] == [[0, 0], [2, 0]] for one in every[1:])
         assert names_in(tmp_path / str(ranks)) == sorted(mt.RUN_FILES)
         assert not (tmp_path / f"{ranks}, one task").exists()
-        with open(tmp_path / str(ranks) / "progress.csv", encoding="utf-8") as f:
-            assert [row["iteration"] for row in csv.DictReader(f)] == ["0", "1"]
 
 
 def test_meta_step_sums_twice_and_once_for_each_product_and_each_trial():
     """What travels: P + 1 numbers a gradient or product, 3 a trial, all of float64."""
-    config = tiny_config(cg_iterations=4)
+    config = tiny_config(cg_iterations=4, backtrack_ratio=0.7, backtrack_steps=7)
     policy, theta, data = sampled_problem(config, dtype=torch.float32)
+    search = mock.Mock(wraps=mt.backtrack_line_search)
     with mock.patch("torch.distributed.is_initialized", return_value=True), (
+            mock.patch.object(mt, "backtrack_line_search", search)), (
             mock.patch("torch.distributed.all_reduce")) as all_reduce:
         _, stats = mt.trpo_meta_step(policy, theta, data, config)
     sent = [call.args[0] for call in all_reduce.call_args_list]
+    assert search.call_args.args[-3:] == (config.max_kl, 0.7, 7)
     assert stats["line_search_steps"] > 0
     assert [len(x) for x in sent] == [2] + [policy.num_params + 1] * (1 + 4) + (
         [3] * stats["line_search_steps"])
@@ -1816,17 +1834,22 @@ def test_gradient_or_action_that_is_not_finite_stops_in_its_iteration(monkeypatc
         mt.evaluate(tiny_config(), math.nan * first_theta(tiny_config()))
 
 
-@pytest.mark.parametrize("error", [
-    MemoryError("Unable to allocate 9 GiB"), RuntimeError(
-        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
-def test_out_of_memory_is_one_sentence(tmp_path, monkeypatch, capsys, error):
+@pytest.mark.parametrize("error, words", [
+    (MemoryError("Unable to allocate 9 GiB"), "out of memory"), (RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        "out of memory"), (mt.Diverged("θ is not finite"), "is not finite")])
+def test_failed_training_is_one_sentence_and_status_1(
+        tmp_path, monkeypatch, capsys, error, words):
     monkeypatch.setattr(mt, "train_maml", mock.Mock(side_effect=error))
     assert tiny_run(tmp_path / "run") == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "out of memory" in error
+    assert error.count("\n") == 1 and words in error
 
 
-def test_environments_own_error_keeps_its_traceback():
+def test_environments_own_error_keeps_its_traceback(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="mine"):
+        patch.setattr(mt, "train_maml", mock.Mock(side_effect=RuntimeError("mine")))
+        tiny_run(tmp_path / "run")
     with pytest.raises(KeyError, match="one's own"):
         train_toy(toy_family(raises=4))
     with pytest.raises(mt.BadInput, match="expected 5, got 4") as raised:
@@ -1845,9 +1868,10 @@ def test_family_that_breaks_its_promises_is_refused_in_one_sentence():
             (dict(sample_tasks=lambda rng, M: rng.uniform(size=M)), "rows? of numbers"),
             (dict(test_tasks=lambda n: np.zeros(n)), "rows? of numbers"),
             (dict(horizon=9), "9.*4")):
-        with pytest.raises(mt.BadInput, match=f"^toy: .*({words})") as raised:
-            train_toy(toy_family(**changes))
-        assert "\n" not in str(raised.value)
+        for method in ("maml", "oracle"):
+            with pytest.raises(mt.BadInput, match=f"^toy: .*({words})") as raised:
+                train_toy(toy_family(**changes), method=method)
+            assert "\n" not in str(raised.value)
 
 
 def test_any_command_line_works_or_is_refused_in_one_sentence(
@@ -2312,7 +2336,6 @@ def test_surrogate_is_the_value_itself_at_horizon_1_and_log_prob_only_its_slope(
 
 # %% Proofs: the listing, run
 
-
 def listing_run(copies=True, steps=True):
     """Listing l.36-55 for one task; `copies`, `steps` False leave out l.36, l.42."""
     policy, theta, data = small_problem(5)
@@ -2565,7 +2588,6 @@ def test_sampled_kl_has_exact_value_but_gradient_and_hessian_only_in_expectation
 
 
 # %% Long tests
-
 
 @slow
 @pytest.mark.parametrize("seed", [0, 1, 2])

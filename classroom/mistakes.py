@@ -188,7 +188,7 @@ TrainState.initial
 TrainState.after
     self.theta if better => theta if better :: the best θ is the one after the step
 family_of
-    == "oracle" => == "oracle" and family.name in TASKS :: one's own has no oracle
+    != "oracle" => != "oracle" or family.name not in TASKS :: one's own has no oracle
 gather_over_tasks
     sorted( => list( :: ranks return their tasks in their own order
 first_rank
