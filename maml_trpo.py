@@ -1287,8 +1287,11 @@ LOCOMOTION = dict(
     lam=(1.0, "authors' code"), init_std=(0.5, "ours; authors' code 1.0"),
     max_kl=(0.05, "ours; authors' code 0.01, cheetah-dir 0.02"),
     cg_iterations=(10, "authors' code"), hvp=("finite-difference", "paper"))
-ANTS = LOCOMOTION | dict(alpha=(0.2, "ours; paper 0.1"),
-                         hvp=("gauss-newton", "ours; paper differences"))
+ANTS = LOCOMOTION | dict(
+    rollouts=(40, "ant-vel ours, paper 20"), eval_episodes=(40, "as in training"),
+    alpha=(0.2, "ours; paper 0.1"), gamma=(0.97, "ours; authors' code 0.99"),
+    lam=(0.95, "ours; authors' code 1"),
+    hvp=("gauss-newton", "ours; paper differences"))
 PRESETS: dict[str, dict[str, tuple[Any, str]]] = {     # task → field → (value, source)
     "point2d": POINT2D,
     "cheetah-vel": LOCOMOTION | dict(
@@ -1297,13 +1300,10 @@ PRESETS: dict[str, dict[str, tuple[Any, str]]] = {     # task → field → (val
         iterations=(200, "ours, 50 minutes; authors' code 100, paper up to 500")),
     "ant-vel": ANTS | dict(
         iterations=(140, "ours, 40 minutes; authors' code 375"),
-        meta_batch_size=(10, "ours; paper 40"),
-        gamma=(0.97, "ours; authors' code 0.99"), lam=(0.95, "ours; authors' code 1")),
+        meta_batch_size=(5, "ours; paper 40")),
     "ant-dir": ANTS | dict(
-        iterations=(120, "ours, 35 minutes; authors' code 575"),
-        meta_batch_size=(2, "ours, both directions; paper 40"), rollouts=(40, "paper"),
-        gamma=(0.9, "ours; authors' code 0.99"), lam=(0.8, "ours; authors' code 1"),
-        eval_episodes=(40, "paper, as in training")),
+        iterations=(300, "ours, 50 minutes; authors' code 575"),
+        meta_batch_size=(2, "ours, both directions; paper 40")),
 }
 
 
