@@ -11,6 +11,7 @@ import ast
 import csv
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -269,7 +270,7 @@ def print_iterations(title: str, ways=("1 worker", "2 workers", "2 ranks"), **se
              "one-process", *(f"{name}={x}" for name, x in given.items())],
             stdout=subprocess.PIPE, check=True, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
-        found = [json.loads(line) for line in printed.splitlines() if line[0] == "{"]
+        found = [json.loads(one) for one in re.findall(r"{.*?}", printed)]  # of ranks
         parts = " + ".join(f"{part} {found[0]['seconds_' + part]:.2f}" for part in
                            ("sampling", "gradient", "cg", "line_search"))
         peak = " + ".join(f"{one['gigabytes']:.2f}" for one in found)
