@@ -1542,6 +1542,12 @@ def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
         config = complete(Config(**content["config"]))
         state = TrainState(**{f.name: content[f.name]
                               for f in dataclasses.fields(TrainState)})
+        if math.isnan(state.best_return) or not (
+                len(state.rows) == len(state.spread) == state.iteration):
+            raise ValueError("its rows are not those of its iteration")
+        for theta in (state.theta, state.best_theta):
+            if theta.dim() != 1 or not torch.isfinite(theta).all():
+                raise ValueError("its θ is not a row of finite numbers")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except Exception as error:     # a foreign file makes torch.load raise anything
@@ -1568,6 +1574,9 @@ def read_evaluation(folder: Path, task: str) -> tuple[str, np.ndarray]:
             rows = list(csv.DictReader(file))
         method, steps = rows[0]["method"], 1 + int(rows[-1]["step"])
         table = np.reshape([float(row["return"]) for row in rows], (-1, steps))
+        places = [(int(row["task"]), int(row["step"])) for row in rows]
+        if places != list(np.ndindex(table.shape)) or not np.isfinite(table).all():
+            raise ValueError("its table has gaps")
     except Exception as error:        # whatever foreign files make json and csv raise
         raise BadInput(f"--compare {folder}: no finished run there, with config.json "
                        f"and evaluation.csv ({error!s:.80})") from None

@@ -926,10 +926,8 @@ def test_walkers_match_gymnasium_step_by_step_over_whole_episodes(name):
 
 @pytest.mark.parametrize("name", ("point2d", "cheetah-dir", "ant-vel"))
 def test_same_seed_same_run_with_one_or_two_workers(name, monkeypatch):
-    """θ after an iteration, bit for bit; and another seed gives another θ.
-
-    Threads do the work: gradients, products and trials, but not point2d's sampling.
-    """
+    """θ after an iteration, bit for bit; and another seed gives another θ. Threads do
+    the work: gradients, products and trials, but not point2d's sampling."""
     used = {"task_rollout": set(), "surrogate_and_kl": set()}
     family = family_named(name)
 
@@ -1432,6 +1430,8 @@ def test_resume_refuses_every_setting_but_iterations_and_workers(copied, capsys)
 def test_resume_of_a_finished_run_evaluates_it_again(copied, no_figures, capsys):
     first = outcome(copied)
     (copied / "evaluation.csv").unlink()               # killed while it was evaluated
+    with open(copied / "progress.csv", "a") as f:      # a row ahead of the checkpoint
+        f.write("1,-0.3")
     assert mt.main(["--resume", "--out", str(copied), "--workers", "2"]) == 0
     assert ("2 of 2 meta-iterations done; tasks 2, episodes 3, steps 4, inner steps 1, "
             "workers 2; " in capsys.readouterr().out)
@@ -1469,15 +1469,15 @@ def test_two_runs_started_at_once_get_two_folders(tmp_path, no_figures, monkeypa
     (["--evaluate", "run/checkpoint.pt", "--alpha", "0.3"], "alpha"),
     (["--evaluate", "run/checkpoint.pt", "--task", "ant-vel"], "point2d.*ant-vel"),
     (["--compare", "run/evaluation.csv"], "run"), (["--compare", "ant"], "ant"),
-    (["--compare", "broken"], "broken"), (["--compare", "header"], "header"),
-    (["--out", "broken"], "already"), (["--out", "/proc/maml"], "/proc/maml"),
+    (["--compare", "gaps"], "gaps"), (["--compare", "header"], "header"),
+    (["--out", "gaps"], "already"), (["--out", "/proc/maml"], "/proc/maml"),
     (["--render", "old.gif"], "new file")])
 def test_bad_input_is_one_sentence_and_status_2_and_changes_nothing(
         tmp_path, trained, monkeypatch, capsys, args, words):
     (tmp_path / "foreign.pt").write_bytes(b"not a checkpoint")
     (tmp_path / "old.gif").write_bytes(b"mine")
     shutil.copytree(trained, tmp_path / "run")
-    for name, old, new in (("broken", "maml,0,0", ""), ("header", "method", "")):
+    for name, old, new in (("gaps", ",1,2,", ",1,1,"), ("header", "method", "")):
         table = shutil.copytree(trained, tmp_path / name) / "evaluation.csv"
         table.write_text(table.read_text().replace(old, new))
         (tmp_path / name / "checkpoint.pt").unlink()         # as after --evaluate
@@ -1621,6 +1621,8 @@ def test_ranks_compute_the_same_run(tmp_path, monkeypatch, dtype, tolerance, cou
         assert all(one[3] == [[0, 0], [2, 0]] for one in every[1:])
         assert names_in(tmp_path / str(ranks)) == sorted(mt.RUN_FILES)
         assert not (tmp_path / f"{ranks}, one task").exists()
+        with open(tmp_path / str(ranks) / "progress.csv", encoding="utf-8") as f:
+            assert [row["iteration"] for row in csv.DictReader(f)] == ["0", "1"]
 
 
 def test_meta_step_sums_twice_and_once_for_each_product_and_each_trial():
@@ -1653,8 +1655,7 @@ def dying_rank(dies, seconds, args):
 
 @pytest.mark.parametrize("dies, seconds", [
     (0, 2), pytest.param(0, 0, marks=slow), pytest.param(1, 5, marks=slow)])
-def test_killed_rank_ends_the_run_and_it_can_go_on(
-        tmp_path, no_figures, dies, seconds):
+def test_killed_rank_ends_the_run_and_it_can_go_on(tmp_path, no_figures, dies, seconds):
     """Under torchrun, SIGKILL: the other one is in gloo's call, or busy for a while."""
     script, out = tmp_path / "ranks.py", tmp_path / "out"
     args = [*TINY, "--iterations", "5", "--hvp", HVPS[1], "--out", str(out)]
@@ -1795,12 +1796,15 @@ def test_checkpoint_of_another_kind_is_refused_and_left(copied, tmp_path, capsys
         torch.save(content, buffer := io.BytesIO())
         return buffer.getvalue()
 
-    flipped = bytearray(saved(good))
-    flipped[flipped.index(good["theta"].numpy().tobytes()) + 9] ^= 1    # one bit of θ
+    flipped, theta = bytearray(saved(good)), good["theta"]
+    flipped[flipped.index(theta.numpy().tobytes()) + 9] ^= 1         # one bit of θ
     for content in (bytes(flipped), saved(good)[:-99], saved(Command()), saved([]), *(
             saved(good | changes) for changes in (
                 dict(version=99), dict(format="other"), dict(theta=torch.zeros(31)),
-                dict(config={"no_such": 1}),
+                dict(theta=None), dict(theta=theta * math.nan), dict(iteration=7),
+                dict(best_theta=theta[:-1]), dict(best_theta=theta * math.nan),
+                dict(iteration="x"), dict(rows=[]), dict(spread=None),
+                dict(best_return="x"), dict(config={}), dict(config={"no_such": 1}),
                 dict(config=good["config"] | {"alpha": -1})))):
         path.write_bytes(content)
         for args in (["--out", copied, "--resume"], ["--evaluate", path],
@@ -1964,8 +1968,7 @@ def test_any_environment_trains_is_refused_or_raises_its_own_error():
 
 class MdpTiny:
     """Random: S states, A actions, H steps; `starts` first states, `successors` of each
-    (state, action). It is its own policy, too: tabular, π_θ(a|s) ∝ exp θ[s, a].
-    """
+    (state, action). It is its own policy, too: tabular, π_θ(a|s) ∝ exp θ[s, a]."""
 
     def __init__(self, seed, S, A, H, starts=1, successors=1):
         rng, start, move = np.random.default_rng(seed), np.zeros(S), np.zeros((S, A, S))
@@ -2046,8 +2049,7 @@ def mdp_expected_over_sets(mdp, K, credit):
 def test_reward_times_own_score_expectation_is_not_the_enumerated_gradient():
     """[listing l.11] E[Σ_t r_t ∇log π_t] is the gradient for H = 1, not for H = 4.
 
-    It is the slope of each step's own reward, the visits of the states held fixed.
-    """
+    It is the slope of each step's own reward, the visits of the states held fixed."""
     for H in (1, 4):
         mdp = MDP_FOR_CREDIT(H=H)
         visits = torch.nn.functional.one_hot(mdp.states).sum(1).double()        # (N, S)
@@ -2065,8 +2067,7 @@ def test_discounted_reward_to_go_drops_gamma_to_the_t_of_the_enumerated_gradient
     """E[Σ_t s_t γᵗG_t] is the gradient, as E[Σ_t s_t R(τ)] is; without γᵗ it is not.
 
     mt's estimator is without. At γ < 1 its Jacobian is not symmetric either: it is the
-    gradient of no function.
-    """
+    gradient of no function."""
     mdp = MDP_FOR_CREDIT(H=4)
     theta, every = mdp.theta, mdp.data(range(mdp.N), gamma=gamma)
     weight = gamma ** torch.arange(mdp.H, dtype=torch.float64)
