@@ -1,28 +1,32 @@
 """The exercises: maml_trpo.py with holes, and graders that say what was done instead.
 
     python classroom/exercises.py list                     the exercises
-    python classroom/exercises.py make  ex5|all FILE       write a file to fill in
-    python classroom/exercises.py check ex5|all FILE|DIR   grade a file, or a class
-    python classroom/exercises.py bug   N FILE             write a file with one bug
+    python classroom/exercises.py make  all|ex5 FILE       write a file to fill in
+    python classroom/exercises.py check all|ex5 FILE|DIR   grade a file, or a class
+    python classroom/exercises.py bugs                     bugs to find, by symptom
+    python classroom/exercises.py bug   N FILE             write a file with bug N
+    python classroom/exercises.py key   N                  the answer: where bug N is
 
 A grader calls the student's function on seeded random inputs and compares the result
 with an oracle: loops, closed forms, torch.distributions, dense matrices, differences in
 float64. It never takes the right answer from maml_trpo.py. Of a wrong answer it asks
-which known mistake (mistakes.py) gives the same one. The text to read is exercises.md.
+which known mistake (mistakes.py) gives the same one, and then what was done to the
+right answer. The text to read is exercises.md, and for teachers teaching.md.
 """
+import argparse
 import ast
 import contextlib
 import copy
 import csv
 import functools
 import inspect
-import io
+import json
 import multiprocessing
 import os
-import random
+import re
 import signal
 import sys
-import tempfile
+import time
 import traceback
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -58,6 +62,18 @@ def tensors_in(value, path: str):
             yield from tensors_in(item, f"{path}.{name}")
 
 
+AUTOGRAD = {         # a part of its words, and what they mean here
+    "does not require grad": "There is no graph to differentiate. Either θ requires no "
+    "gradient in this call (so it is when episodes are played and in the line search, "
+    "and then create_graph must be False), or the code stands inside torch.no_grad(), "
+    "or create_graph=True is missing",
+    "a second time": "A graph is freed by its first backward pass. retain_graph=True "
+    "keeps it: several products share one graph",
+    "NoneType": "backward() fills the .grad of leaves only, and a tensor that was "
+    "computed, as θ′ is after one step, is no leaf and has no .grad. Use "
+    "torch.autograd.grad(loss, θ), which returns the gradient of any tensor"}
+
+
 def describe(error: BaseException, file: str) -> str:
     """An exception in a sentence, with the last line of the file that it passed."""
     text, line = (str(error).strip().splitlines() or [""])[0][:200], ""
@@ -67,14 +83,10 @@ def describe(error: BaseException, file: str) -> str:
     return f"raises {type(error).__name__}: {text}{line}"
 
 
-NO_LEAF = (": backward() fills the .grad of leaves only, and a tensor that was "
-           "computed, as θ′ is after one step, is no leaf and has no .grad. Use "
-           "torch.autograd.grad(loss, θ), which returns the gradient of any tensor")
-
-
 def call(function, *args):
     """function(*args); whatever goes wrong in it becomes a Wrong."""
-    name, code = function.__name__, inspect.unwrap(function).__code__
+    name = getattr(function, "__name__", "it")
+    code = getattr(function, "__code__", call.__code__)
     names = [*inspect.signature(function).parameters, *["argument"] * 9]
     before = [(where, x, x.detach().clone()) for argument, value in zip(names, args)
               for where, x in tensors_in(value, argument)]
@@ -83,15 +95,49 @@ def call(function, *args):
     except BaseException as error:
         if isinstance(error, NotImplementedError) and str(error).startswith("ex"):
             raise NotImplementedError(f"{name} is not written yet") from None
-        hint = "NoneType" in str(error) and "backward" in code.co_names
-        raise Wrong(f"{name} {describe(error, code.co_filename)}"
-                    f"{NO_LEAF if hint else ''}") from None
+        hints = [hint for words, hint in AUTOGRAD.items() if words in str(error) and (
+            words != "NoneType" or "backward" in code.co_names)]
+        raise Wrong(". ".join([f"{name} {describe(error, code.co_filename)}", *hints])
+                    ) from None
     for where, x, old in before:
         if not torch.equal(x, old):
             x.data.copy_(old)
             raise Wrong(f"{name} changes its argument {where} in place: the caller "
                         f"still needs the old one, so compute a new tensor")
+    if result is None:
+        raise Wrong(f"{name} returns None: is a `return` missing?")
     return result
+
+
+def several(count: int, function, *args) -> tuple:
+    """The results of a function that has more than one."""
+    results = call(function, *args)
+    if not isinstance(results, (tuple, list)) or len(results) != count:
+        kind = type(results).__name__
+        raise Wrong(f"{function.__name__} returns a {kind}, where {count} results are "
+                    f"wanted, as in `return a, b`")
+    return results
+
+
+class Asked:
+    """A function that the student's function calls; it keeps what it was asked."""
+
+    def __init__(self, function):
+        self.function, self.points, self.graph = function, [], True
+
+    def __call__(self, x: Tensor):
+        self.points.append(x.detach().clone())
+        self.graph &= torch.is_grad_enabled()
+        return self.function(x)
+
+    def check(self, what: str, name: str, most: int) -> None:
+        """Wrong if it was called too often, or where it cannot take a gradient."""
+        if not self.graph:
+            raise Wrong(f"{what}: the numbers are right, but {name} is called inside "
+                        f"torch.no_grad(), and it takes a gradient itself")
+        if len(self.points) > most:
+            raise Wrong(f"{what}: the numbers are right, but it calls {name} "
+                        f"{len(self.points)} times, where {most} will do")
 
 
 def gradient_of(what: str, output, theta: Tensor) -> Tensor:
@@ -112,29 +158,53 @@ def close(a: Tensor | None, b: Tensor) -> bool:
 def check_kind(what: str, got, right: Tensor) -> None:
     """Wrong unless it is a tensor of finite numbers of the right dtype."""
     if not isinstance(got, Tensor):
-        raise Wrong(f"{what} is None: is a `return` missing?" if got is None else
-                    f"{what} is a {type(got).__name__}, not a torch.Tensor")
+        raise Wrong(f"{what} is a {type(got).__name__}, not a torch.Tensor")
     if got.dtype != right.dtype:
         raise Wrong(f"{what} has dtype {got.dtype}: {right.dtype} is right here")
     if not torch.isfinite(got).all():
         raise Wrong(f"{what} has NaN or infinity in it: {got.flatten()[:3].tolist()} …")
 
 
-def explain(what: str, got: Tensor, right: Tensor) -> None:
+def likenesses(got: Tensor, right: Tensor):
+    """(words, the right answer with that done to it), to compare `got` with."""
+    yield "with the sign flipped", -right
+    yield "twice", 2 * right
+    yield "halved", right / 2
+    if right.dim() == 2:
+        yield "with its two axes exchanged", right.T
+    if got.shape != right.shape:
+        return
+    for axis, size in enumerate(right.shape):
+        yield f"in reverse order along axis {axis}", right.flip(axis)
+        for shift, edge, way in ((1, 0, "late"), (-1, -1, "early")):
+            shifted = right.roll(shift, axis)
+            shifted.select(axis, edge).copy_(got.select(axis, edge))
+            if size > 2:
+                yield f"one place too {way} along axis {axis}", shifted
+    if right.numel() > 2:
+        factor = float((got * right).sum() / (right * right).sum())
+        yield f"times {factor:.6g}", factor * right
+
+
+def explain(what: str, got: Tensor, right: Tensor, others: list) -> None:
     """Raise Wrong with what can be said of an answer that no known mistake gives."""
+    if got.shape == right.shape and not got.any():
+        raise Wrong(f"{what} is 0 throughout")
+    for words, like in likenesses(got, right):
+        if close(got, like):
+            raise Wrong(f"{what}: this equals the right answer {words}")
+    for other, like in others:
+        if close(got, like):
+            raise Wrong(f"{what}: this equals the right answer to another question, "
+                        f"{other}")
     if got.shape != right.shape:
         raise Wrong(f"{what} has shape {tuple(got.shape)}: {tuple(right.shape)} is "
                     f"right")
-    if not got.any():
-        raise Wrong(f"{what} is 0 throughout")
-    factor = float((got * right).sum() / (right * right).sum())
-    if right.numel() > 2 and factor != 0 and close(got / factor, right):
-        raise Wrong(f"{what}: this equals the right answer " + (
-            "with the sign flipped" if factor == -1 else f"times {factor:.6g}"))
+    wrong = (got - right).abs() > 1e-6 * (1e-2 + right.abs().max())
     at = np.unravel_index(int((got - right).abs().argmax()), tuple(got.shape))
     where = f", at index {[int(i) for i in at]}" if at else ""
-    raise Wrong(f"{what} is wrong: {float(got[at]):.6g} where {float(right[at]):.6g} "
-                f"is right{where}")
+    raise Wrong(f"{what} is wrong in {int(wrong.sum())} of {wrong.numel()} numbers: "
+                f"{float(got[at]):.6g} where {float(right[at]):.6g} is right{where}")
 
 
 def judge(check, functions: list[str], subject) -> None:
@@ -144,27 +214,35 @@ def judge(check, functions: list[str], subject) -> None:
         check_kind(what, got, right)
         if not close(got, right):
             for mistake in mistakes.MISTAKES:
-                if mistake.function in functions and close(
-                        first_wrong(mistake, check, i), got.detach()):
-                    raise Wrong(f"{what}: this equals the right answer {mistake.words}")
-            explain(what, got.detach(), right)
+                if mistake.function in functions:
+                    at, wrong = first_wrong(mistake, check)
+                    if at == i and close(wrong, got.detach()):
+                        raise Wrong(f"{what}: this equals the right answer "
+                                    f"{mistake.words}")
+            reference = getattr(mt, functions[0].split(".")[0])
+            explain(what, got.detach(), right,
+                    [(what, right) for what, _, right in check(reference)])
 
 
-def first_wrong(mistake, check, i: int) -> Tensor | None:
-    """The grader's i-th quantity with this mistake, if it is the first wrong one."""
+@functools.cache
+def first_wrong(mistake, check) -> tuple[int, Tensor | None]:
+    """Which of the grader's quantities this mistake makes wrong first, and to what."""
     try:
-        for j, (_, got, right) in enumerate(check(mistaken(mistake))):
-            if j == i or not close(got, right):
-                return got.detach() if j == i else None
-    except Exception:                            # it fails earlier, or in another way
-        return None
+        for i, (_, got, right) in enumerate(check(mistaken(mistake))):
+            if not close(got, right):
+                return i, got.detach()
+    except Exception:                            # it fails in another way
+        pass
+    return -1, None
 
 
 @functools.cache
 def mistaken(mistake):
     """The reference's function, or class, with this mistake."""
     head, names = mistake.function.split(".")[0], dict(vars(mt))
-    text = ast.get_source_segment(SOURCE, mistakes.parts(SOURCE)[head])
+    node = mistakes.parts(SOURCE)[head]
+    first = min([node, *getattr(node, "decorator_list", [])], key=lambda x: x.lineno)
+    text = "\n".join(SOURCE.splitlines()[first.lineno - 1:node.end_lineno]) + "\n"
     exec("from __future__ import annotations\n" + mistake.applied_to(text), names)
     return names[head]
 
@@ -292,24 +370,25 @@ def check_log_prob(gaussian_class):
                    torch.autograd.grad(log_prob.sum(), x, retain_graph=True)[0])
 
 
-def check_kl(_kl_gaussian):
+def check_kl(kl_old_new):
     for c in map(Case, range(2)):
         theta = c.theta.clone().requires_grad_()
         old, new = (c.policy.distribution(t, c.outer.obs) for t in (c.theta_old, theta))
-        right = kl_divergence(*(Normal(p.mean, p.stddev) for p in (old, new))).sum(-1)
-        got = call(_kl_gaussian, old, new)
-        yield "_kl_gaussian", got, right
-        yield ("_kl_gaussian: the value is right; its gradient by the new θ",
-               gradient_of("_kl_gaussian", got.sum(), theta),
+        right = kl_divergence(*(Normal(p.mean, p.log_std.exp())
+                                for p in (old, new))).sum(-1)
+        got = call(kl_old_new, old, new)
+        yield "kl_old_new", got, right
+        yield ("kl_old_new: the value is right; its gradient by the new θ",
+               gradient_of("kl_old_new", got.sum(), theta),
                torch.autograd.grad(right.sum(), theta)[0])
 
 
-def check_inner_loss(inner_loss, *estimator):
+def check_inner_loss(inner_loss, estimator=""):
     for c in map(Case, range(2)):
         theta = c.theta.clone().requires_grad_()
-        what = f"inner_loss{estimator or ''}".replace(",", "")
+        what = f"inner_loss{estimator and ' with the ratio'}"
         right = c.loss(theta, c.first, c.theta if estimator else None)
-        got = call(inner_loss, c.policy, theta, c.first, *estimator)
+        got = call(inner_loss, c.policy, theta, c.first, *filter(None, [estimator]))
         yield what, got, right
         grad = gradient_of(what, got, theta)
         slope = torch.autograd.grad(right, theta, create_graph=True)[0]
@@ -358,8 +437,8 @@ def check_surrogate(surrogate_and_kl):
                 (False, "log-prob", d.J), (True, "log-prob", one),
                 (False, "ratio", d.J_ratio), (False, "log-prob", None)):
             theta = c.theta_old.clone().requires_grad_(J is not None)
-            got = tuple(call(surrogate_and_kl, c.policy, theta, data, c.alpha,
-                             first_order, estimator))
+            got = several(2, surrogate_and_kl, c.policy, theta, data, c.alpha,
+                          first_order, estimator)
             for i, name in enumerate(("surrogate", "KL")):
                 what = (f"surrogate_and_kl (first_order={first_order}, "
                         f"estimator={estimator!r}): the {name}")
@@ -370,59 +449,43 @@ def check_surrogate(surrogate_and_kl):
 
 
 def check_hvp(hessian_vector_product):
+    what = "hessian_vector_product"
     for seed, P, step in ((0, 5, 0.02), (1, 8, 0.05)):
-        randn, seen = normals(seed), []
+        randn, kept = normals(seed), []
         root, theta, v = randn(P, P), randn(P), 7 * randn(P)
         matrix, at, eps = root + root.T, theta.clone(), step / v.norm()
 
         def grad_k(t):                           # 0 at θ; its derivative there: matrix
+            kept.append(torch.equal(theta, at))
             return matrix @ (t - at) + (t - at)**2 + (t - at)**3
-
-        def grad_fn(t):
-            seen.append(theta.clone())
-            return grad_k(t.clone())
+        grad_fn = Asked(grad_k)
         got = call(hessian_vector_product, grad_fn, theta, v, step)
-        what = "hessian_vector_product"
-        if not all(torch.equal(x, at) for x in seen):
+        if not all(kept):
             raise Wrong(f"{what} changes its argument theta in place, if only until it "
                         f"returns: compute a new tensor, grad_fn may look at θ, too")
-        yield what, got, grad_k(at + eps * v) / eps
-        if len(seen) > 1:
-            raise Wrong(f"{what}: the value is right, but it calls grad_fn {len(seen)} "
-                        f"times, where 1 will do: ∇k(θ) is known to be 0")
+        forward, backward = (grad_k(at + e * v) / e for e in (eps, -eps))
+        yield what, got, backward if close(got, backward) else forward
+        grad_fn.check(what, "grad_fn", 1)
 
 
-def check_gauss_newton(gauss_newton_product):
+def check_product(exact_product):
+    name = exact_product.__name__
     for seed in range(2):
         c, d = Case(seed), dense(seed)
-        kept = mt.keep_graphs(c.policy, c.theta_old, c.data, c.alpha)
-        for name, *graphs in (("",), (" (given its graphs)", kept),
-                              (" (given its graphs again)", kept)):
-            got = call(gauss_newton_product, c.policy, c.theta_old, c.data, c.u,
-                       c.alpha, *graphs)
-            yield f"gauss_newton_product{name}", got, d.J.T @ d.F @ d.J @ c.u
-
-
-def check_double_backprop(double_backprop_product):
-    for seed, P in ((0, 5), (1, 8)):
-        a, theta, v = normals(seed)(3, P)
-
-        def k(t):
-            return (a @ t)**3 / 6 + (t**4).sum() / 4 + a @ t
-        hessian = (a @ theta) * torch.outer(a, a) + torch.diag(3 * theta**2)
-        yield ("double_backprop_product", call(double_backprop_product, k, theta, v),
-               hessian @ v)
+        product = call(exact_product, c.policy, c.theta_old, c.data, c.alpha)
+        if not callable(product):
+            raise Wrong(f"{name} returns a {type(product).__name__}, where a function "
+                        f"v ↦ H·v is wanted")
+        for n, v in enumerate((c.u, c.theta, c.u), 1):
+            yield (f"{name}: its product number {n}", call(product, v),
+                   d.J.T @ d.F @ d.J @ v)
 
 
 def check_conjugate_gradient(conjugate_gradient):
     for seed, P in enumerate((5, 8)):
-        randn, calls = normals(seed), []
+        randn = normals(seed)
         root, b = randn(P, P) / P**0.5, randn(P)
         H = root @ root.T + torch.eye(P).double()
-
-        def product(p):
-            calls.append(p)
-            return H @ p
 
         def krylov(n):                           # the best x within b, Hb, …, Hⁿ⁻¹b
             powers = [torch.linalg.matrix_power(H, i) @ b for i in range(n)]
@@ -430,24 +493,23 @@ def check_conjugate_gradient(conjugate_gradient):
             return Q @ torch.linalg.solve(Q.T @ H @ Q, Q.T @ b)
         for n in (1, 3, P):
             what = f"conjugate_gradient ({n} iteration{'s' * (n > 1)})"
-            calls.clear()
-            x, r = call(conjugate_gradient, product, b, n, 0.0)
+            hvp = Asked(lambda p: H @ p)
+            x, r = several(2, conjugate_gradient, hvp, b, n, 0.0)
             yield f"{what}: x", x, krylov(n)
             yield f"{what}: r", r, b - H @ krylov(n)
-            if len(calls) > n:
-                raise Wrong(f"{what}: x is right, but it makes {len(calls)} products "
-                            f"H·p, where one an iteration will do")
-        rr = [float((b - H @ krylov(n)).square().sum()) for n in (1, 2)]
-        tiny = (1e-6 / (rr[0] * rr[1])**0.5)**0.5    # ‖r‖ and r·r then lie far apart
+            hvp.check(what, "hvp", n)
+        one, two, three = ((b - H @ krylov(n)).square().sum() for n in (1, 2, 3))
+        stop = float((two * three)**0.5 / (one * two)**0.5)  # r·r passes it after two
+        tiny = float((stop / (one * two)**0.5)**0.5)         # iterations, ‖r‖ after 3
         ones, bent = torch.ones(P).double(), torch.ones(P).double()
         ones[1], bent[1] = 1.2, -1.0                 # pᵀHp > 0 at first, then not
         for why, hvp, b_, tolerance, right in (
-                ("r·r < tolerance", product, b * tiny, 1e-6, krylov(2) * tiny),
-                ("b = 0", product, 0 * b, 1e-10, 0 * b),
+                ("r·r < tolerance", lambda p: H @ p, b * tiny, stop, krylov(2) * tiny),
+                ("b = 0", lambda p: H @ p, 0 * b, 1e-10, 0 * b),
                 ("pᵀHp not positive", lambda p: bent * p, ones, 0.0,
                  ones * (ones @ ones) / (ones @ (bent * ones))),
                 ("H·p = NaN", lambda p: p * np.nan, b, 0.0, 0 * b)):
-            x, _ = call(conjugate_gradient, hvp, b_, P, tolerance)
+            x, _ = several(2, conjugate_gradient, hvp, b_, P, tolerance)
             yield f"conjugate_gradient, stopped by {why}: x", x, right
 
 
@@ -458,14 +520,15 @@ def check_scale(scale):
 
 
 SEARCHES = (     # what is tested; surrogate (before: −1), KL (δ: 0.01) of trials 0 to 4
-    ("the full step is good", [-3, -2, -2, -2, -2], [.001] * 5, 0),
-    ("the KL is too large at first", [-5, -4, -3, -2, 0], [.1, .05, .02, .005, 0], 3),
-    ("the KL is a bit above δ", [-5, -4, -3, -2, 0], [.014, .0101, .009, .008, 0], 2),
+    ("the KL is too large at first", [-5, -4, -3, -2, 0], [.1, .0101, .009, .008, 0],
+     2),
     ("the KL is δ itself", [-3, -2, -2, -2, -2], [.01, .009, .008, .007, .006], 0),
     ("the surrogate does not fall at first", [9, -1, -2, -3, -4], [.001] * 5, 2),
+    ("the surrogate falls a little", [-1.00002, -2, -2, -2, -2], [.001] * 5, 0),
+    ("only the last trial passes", [-5, -4, -3, -2, -2], [.1, .05, .04, .02, .005], 4),
     ("no trial has both", [-5, -4, -3, 2, 3], [.09, .08, .07, .001, .001], None),
-    ("the surrogate is NaN at first", [np.nan, np.nan, -2, -2, -2], [.001] * 5, 2),
-    ("the KL is NaN at first", [-3, -3, -2, -2, -2], [np.nan, *[.001] * 4], 1))
+    ("surrogate, then KL is NaN", [np.nan, -3, -2, -2, -2], [.001, np.nan, *[.001] * 3],
+     2))
 
 
 def check_line_search(search):
@@ -473,20 +536,17 @@ def check_line_search(search):
     theta, step = randn(7), randn(7)
     points = [theta + ratio**j * step for j in range(n)]
     for why, loss, kl, right in SEARCHES:
-        what, tried = f"backtrack_line_search, where {why}", []
-
-        def evaluate(t):
-            tried.append(t)
-            return next(((loss[j], kl[j]) for j in range(n) if torch.allclose(
-                t, points[j])), (5.0, 1.0))
-        got = call(search, evaluate, theta, step, before, max_kl, ratio, n)
-        yield f"{what}: the first θ it tries", (tried or [None])[0], points[0]
+        what = f"backtrack_line_search, where {why}"
+        evaluate = Asked(lambda t: next(((loss[j], kl[j]) for j in range(
+            n) if torch.allclose(t, points[j])), (5.0, 1.0)))
+        got = several(4, search, evaluate, theta, step, before, max_kl, ratio, n)
+        tried = evaluate.points or [None]
+        yield f"{what}: the first θ it tries", tried[0], points[0]
         yield f"{what}: θ", got[0], theta if right is None else points[right]
         good = (before, 0, 0) if right is None else (loss[right], kl[right], right + 1)
         yield (f"{what}: surrogate, KL, trials",
                *(torch.tensor([float(x) for x in row]) for row in (got[1:], good)))
-        if len(tried) > (n if right is None else right + 1):
-            raise Wrong(f"{what}: θ is right, but it calls evaluate {len(tried)} times")
+        evaluate.check(what, "evaluate", n if right is None else right + 1)
 
 
 def phi(obs: Tensor) -> Tensor:
@@ -520,31 +580,31 @@ def check_baseline(baseline_class):
 # %% 4. The list: the title, and the grader of each function (or of some of a class)
 
 EXERCISES = {
-    "ex1": ("returns and advantages", {
-        check_returns: ["discounted_returns"], check_gae: ["gae"]}),
-    "ex2": ("log-probability and KL", {
-        check_log_prob: ["DiagonalGaussian.log_prob"], check_kl: ["_kl_gaussian"]}),
-    "ex3": ("the inner step with its graph", {
-        check_inner_loss: ["inner_loss"], check_adapt: ["adapt"]}),
-    "ex4": ("the surrogate and the meta-gradient", {
-        check_surrogate: ["surrogate_and_kl"]}),
-    "ex5": ("H·v by finite differences", {check_hvp: ["hessian_vector_product"]}),
-    "ex6": ("H·v exactly, in two ways", {
-        check_double_backprop: ["double_backprop_product"],
-        check_gauss_newton: ["gauss_newton_product"]}),
-    "ex7": ("conjugate gradient", {check_conjugate_gradient: ["conjugate_gradient"]}),
-    "ex8": ("the step's scale and the line search", {
-        check_scale: ["step_scale"], check_line_search: ["backtrack_line_search"]}),
-    "ex9": ("the linear baseline", {check_baseline: [
-        "LinearBaseline.features", "LinearBaseline.fit", "LinearBaseline.predict"]}),
-    "ex10": ("the ratio inner loss (LVC)", {
-        lambda inner_loss: check_inner_loss(inner_loss, "ratio"): ["inner_loss"]}),
+    "ex1": ("returns and advantages", [
+        (check_returns, ["discounted_returns"]), (check_gae, ["gae"])]),
+    "ex2": ("log-probability and KL", [
+        (check_log_prob, ["DiagonalGaussian.log_prob"]), (check_kl, ["kl_old_new"])]),
+    "ex3": ("the inner step with its graph", [
+        (check_inner_loss, ["inner_loss"]), (check_adapt, ["adapt"])]),
+    "ex4": ("the surrogate, the KL, their gradients", [
+        (check_surrogate, ["surrogate_and_kl"])]),
+    "ex5": ("H·v by finite differences", [(check_hvp, ["hessian_vector_product"])]),
+    "ex6": ("H·v exactly, in two ways", [
+        (check_product, ["double_backprop_product"]),
+        (check_product, ["gauss_newton_product"])]),
+    "ex7": ("conjugate gradient", [(check_conjugate_gradient, ["conjugate_gradient"])]),
+    "ex8": ("the step's scale and the line search", [
+        (check_scale, ["step_scale"]), (check_line_search, ["backtrack_line_search"])]),
+    "ex9": ("the linear baseline", [(check_baseline, [
+        "LinearBaseline.features", "LinearBaseline.fit", "LinearBaseline.predict"])]),
+    "ex10": ("the ratio inner loss (LVC)", [
+        (functools.partial(check_inner_loss, estimator="ratio"), ["inner_loss"])]),
 }
 ALL = (*EXERCISES, "whole")
 
 
 def functions_of(exercise: str) -> list[str]:
-    return sum(EXERCISES[exercise][1].values(), [])
+    return sum((functions for _, functions in EXERCISES[exercise][1]), [])
 
 
 # %% 5. Grading a file in this process
@@ -583,23 +643,22 @@ def grade_function(path, functions: list[str], check) -> tuple[str, str]:
 
 def grade(path, exercise: str) -> tuple[str, str]:
     """("pass", "FAIL" or "not written", what there is to say), in this process."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        verdicts = [whole(path)] if exercise == "whole" else [
-            grade_function(path, functions, check)
-            for check, functions in EXERCISES[exercise][1].items()]
+    verdicts = [whole(path)] if exercise == "whole" else [
+        grade_function(path, functions, check)
+        for check, functions in EXERCISES[exercise][1]]
     status = min(verdict for verdict, _ in verdicts)         # FAIL < not written < pass
-    say = [text for _, text in sorted(verdicts) if status != "pass"]
-    if printed.getvalue():
-        say.append(f"note: it prints {printed.getvalue()[:40]!r}")
-    return status, "\n".join(say)
+    return status, "\n".join(text for _, text in sorted(verdicts) if status != "pass")
 
 
+@functools.cache
 def whole_numbers(m) -> list[Tensor]:
     """What module `m` computes in a short training and an evaluation."""
     config = m.Config(iterations=2, meta_batch_size=2, rollouts=6, horizon=9, alpha=0.5,
-                      inner_steps=2, gamma=0.9, lam=0.8, hidden=(5,), workers=1,
-                      activation="tanh", init_std=0.4, eval_tasks=2, eval_episodes=3)
+                      inner_steps=2, gamma=0.9, lam=0.8, hidden=(5,), init_std=0.4,
+                      activation="tanh", alpha_follows_std=True, curvature_tasks=1,
+                      cg_iterations=3, damping=0.1,       # or else rounding is seen
+                      hvp="gauss-newton", inner_loss="ratio",
+                      eval_tasks=2, eval_episodes=3)
     theta, rows = m.train_maml(config)
     log = [[x for name, x in row.items() if "seconds" not in name] for row in rows]
     return [theta, torch.from_numpy(m.evaluate(config, theta)), torch.tensor(log)]
@@ -620,39 +679,83 @@ def whole(path) -> tuple[str, str]:
         "FAIL", "a short training gives other numbers than with the reference")
 
 
-# %% 6. Grading a file in another process, with a time limit
+# %% 6. Grading in other processes, with a time limit
 
 SECONDS = 10.0                         # for an exercise; most take less than one
+STATUSES = ("not written", "FAIL", "pass")
 
 
-def grade_here(path: str, name: str, answer) -> None:
-    """What the grading process does. What the file prints goes nowhere."""
+def answer_and_end(answer, seconds: float, function, *args) -> None:
+    """What the other process does. What the file prints goes nowhere."""
     getattr(os, "setsid", int)()       # then it can be ended with all it has started
+    getattr(signal, "alarm", int)(int(seconds) + 5)      # if nobody is left to end it
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
     torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    answer.send(grade(path, name))
+    answer.send(function(*args))
     os._exit(0)                                  # whatever threads were left running
 
 
-def grade_file(path, names, seconds=SECONDS) -> dict[str, tuple[str, str]]:
-    """Exercise → (status, what there is to say), whatever the file does."""
+def apart(seconds: float, function, *args):
+    """function(*args) from a process of its own, or Wrong, whatever happens there."""
     processes = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
-    results = {}
-    for name in names:
-        answer, theirs = processes.Pipe(duplex=False)
-        child = processes.Process(target=grade_here, args=(str(path), name, theirs))
-        child.start()
-        theirs.close()
-        try:
-            results[name] = answer.recv() if answer.poll(seconds) else (
-                "FAIL", f"{name} took longer than {seconds:g} seconds")
-        except EOFError:
-            results[name] = "FAIL", f"{name} ended the whole process"
+    answer, theirs = processes.Pipe(duplex=False)
+    child = processes.Process(target=answer_and_end,
+                              args=(theirs, seconds, function, *args))
+    child.start()
+    theirs.close()
+    end = time.monotonic() + seconds
+    while not answer.poll(0.1) and child.is_alive() and time.monotonic() < end:
+        pass
+    try:
+        if answer.poll():
+            return answer.recv()
+        raise Wrong(f"took longer than {seconds:g} seconds" if child.is_alive() else
+                    "ended the process that graded it")
+    except EOFError:
+        raise Wrong("ended the process that graded it") from None
+    finally:
         with contextlib.suppress(AttributeError, OSError):
             os.killpg(child.pid, signal.SIGKILL)
         child.kill()
         child.join()
+
+
+def grade_file(path, names, seconds=SECONDS) -> dict[str, tuple[str, str]]:
+    """Exercise → (status, what there is to say), whatever the file does."""
+    results = {}
+    for name in names:
+        try:
+            results[name] = apart(seconds, grade, str(path), name)
+        except Wrong as error:
+            results[name] = "FAIL", f"{name} {error}"
     return results
+
+
+def grade_student(student: str, files: list[Path], pattern: str, names) -> dict:
+    """One student's row: of several files the best result of each exercise counts."""
+    ours = [file.read_bytes().split() for file in [
+        *HERE.parent.glob("*.py"), *HERE.parent.glob("*/*.py")]]
+    best, notes = {}, []
+    for file in files:
+        if not file.match(pattern) or file.read_bytes().split() in ours:
+            notes.append(f"ignored: {file.name}")
+            continue
+        try:
+            results = apart(len(names) * (SECONDS + 1), grade_file, file, names)
+        except Wrong as error:
+            results = dict.fromkeys(names, ("FAIL", ""))
+            notes.append(f"{file.name} {error}")
+        for name, result in results.items():
+            best[name] = max(best.get(name, result), result,
+                             key=lambda result: STATUSES.index(result[0]))
+    statuses = {name: best[name][0] if best else "" for name in names}
+    messages = [f"{name}: {message}" for name, (status, message) in best.items()
+                if status == "FAIL" and message]
+    passed = [*statuses.values()].count("pass") if best else "nothing graded"
+    return dict(student=student, passed=passed, **statuses,
+                messages=" | ".join(messages + notes).replace("\n", "; "))
 
 
 # %% 7. The command line
@@ -682,20 +785,17 @@ def write(path, text: str) -> None:
         raise Wrong(f"{path}: {error.strerror}: choose another name") from None
 
 
-def bug(number: int, path: str) -> int:
-    """Write a copy with a planted bug, one that `check all` can see."""
-    hidden = random.Random(0).sample(mistakes.MISTAKES, len(mistakes.MISTAKES))
-    for turn in range(len(hidden)):
-        text = hidden[(number + turn) % len(hidden)].applied_to(SOURCE)
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder) / "bug.py", text)
-            results = grade_file(Path(folder) / "bug.py", ALL)
-        if any(status != "pass" for status, _ in results.values()):
-            write(path, f"{text}\n{MARK}{number}\n")
-            print(f"Written to {path}. Find the bug, mend it, then: python "
-                  f"classroom/exercises.py check all {path}")
-            return 0
-    raise Wrong("the graders see none of the bugs there are")
+def bug_file(number: int) -> str:
+    """The program with a bug; no comment's place tells that code before it changed."""
+    text = mistakes.BUGS[number - 1].applied_to(SOURCE)
+    return re.sub(r"(?<=\S) {2,}# ", "  # ", text) + f"\n{MARK}{number}\n"
+
+
+def list_bugs() -> None:
+    """The numbers of the bugs under their symptoms, the easy ones first."""
+    for symptom, bugs in mistakes.SYMPTOMS.items():
+        print(f"{symptom}\n    " + ", ".join(
+            f"{mistakes.BUGS.index(bug) + 1} {stars}" for stars, bug in bugs))
 
 
 def check_file(path: Path, names) -> int:
@@ -703,11 +803,15 @@ def check_file(path: Path, names) -> int:
     results = grade_file(path, names)
     passed = sum(status == "pass" for status, _ in results.values())
     if names == ALL and MARK in path.read_text(encoding="utf-8", errors="replace"):
+        seen = any(status != "pass" for name, (status, _) in results.items()
+                   if name != "whole")
         print("The bug is mended." if passed == len(names) else
-              "The bug is not mended yet. (`check ex1` and so on tell more.)")
+              "The bug is not mended yet. " + (
+                  "`check ex1`, `check ex2` and so on say more." if seen else
+                  "No exercise is about it, only a training shows it."))
         results = {}
     for name, (status, message) in results.items():
-        title, _ = EXERCISES.get(name, ("the whole at work", {}))
+        title, _ = EXERCISES.get(name, ("the whole at work", []))
         print(f"{name:6} {title:38} {status}")
         if status != "not written" or names != ALL or "\n" in message:
             print("".join(f"       {line}\n" for line in message.splitlines()), end="")
@@ -715,54 +819,81 @@ def check_file(path: Path, names) -> int:
     return int(passed < len(names))
 
 
-def check_folder(folder: Path, names) -> int:
-    """Grade every *.py in a folder; prints a table of CSV: → exit status."""
-    table, all_good = csv.writer(sys.stdout), True
-    table.writerow(["file", "passed", *names, "messages"])
-    for path in sorted(folder.rglob("*.py")):
-        results = grade_file(path, names)
-        statuses = [status for status, _ in results.values()]
-        all_good &= statuses.count("pass") == len(names)
-        messages = [f"{name}: {message}" for name, (status, message) in results.items()
-                    if status == "FAIL"]
-        table.writerow([path.relative_to(folder), statuses.count("pass"), *statuses,
-                        " | ".join(messages).replace("\n", "; ")])
-        sys.stdout.flush()
-    return int(not all_good)
+def harmless(cell):
+    """A spreadsheet takes what begins with one of these for a formula."""
+    return f"'{cell}" if str(cell)[:1] in tuple("=+-@\t\r") else cell
 
 
-def command(argv: list[str]) -> int:
-    match argv:
+def check_folder(folder: Path, names, pattern: str, as_json: bool) -> int:
+    """Grade a class, one row a student, a file or a subfolder: → exit status."""
+    students: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        first, *more = path.relative_to(folder).parts
+        if path.is_file() and not re.search(r"(^|[/\\])(\.|__)", str(path.relative_to(
+                folder))):
+            students.setdefault(first if more else path.stem, []).append(path)
+    table = csv.DictWriter(sys.stdout, ["student", "passed", *names, "messages"])
+    if not as_json:
+        table.writeheader()
+    rows = []
+    for number, (student, files) in enumerate(students.items(), 1):
+        print(f"{number} of {len(students)}: {student}", file=sys.stderr, flush=True)
+        rows.append(grade_student(student, files, pattern, names))
+        if not as_json:
+            table.writerow({key: harmless(cell) for key, cell in rows[-1].items()})
+            sys.stdout.flush()
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False, indent=1))
+    if all(row["passed"] == "nothing graded" for row in rows):
+        raise Wrong(f"nothing was graded in {folder}: no file of a student's own is "
+                    f"named {pattern}")
+    return int(any(row["passed"] != len(names) for row in rows))
+
+
+def command(words: list[str], pattern: str, as_json: bool) -> int:
+    """Do what the words say: → exit status."""
+    names, numbers = ["all", *EXERCISES], map(str, range(1, len(mistakes.BUGS) + 1))
+    match words:
         case ["list"]:
             for name, (title, _) in EXERCISES.items():
-                print(f"{name:5} {title:37} {', '.join(functions_of(name))}")
-            return 0
-        case ["make" | "check", which, _] if which not in (*EXERCISES, "all"):
-            raise Wrong(f"there is no exercise {which!r}: choose from "
-                        f"{', '.join(EXERCISES)}, all")
-        case ["make", which, path]:
+                print(f"{name:5} {title:38} {', '.join(functions_of(name))}")
+        case ["bugs"]:
+            list_bugs()
+        case ["key", number] if number in numbers:
+            print(f"{number}: {mistakes.BUGS[int(number) - 1].name}")
+        case ["make", which, path] if which in names:
             write(path, stub(EXERCISES if which == "all" else [which]))
             print(f"Then: python classroom/exercises.py check {which} {path}")
-            return 0
-        case ["check", _, path] if not Path(path).exists():
-            raise Wrong(f"there is no file {path}")
-        case ["check", which, path]:
-            check = check_folder if Path(path).is_dir() else check_file
-            return check(Path(path), ALL if which == "all" else (which,))
-        case ["bug", _, path] if Path(path).exists():
-            raise Wrong(f"{path} is there already and is left as it is")
-        case ["bug", number, path] if number.isdecimal():
-            return bug(int(number), path)
-    what = f"{' '.join(argv)!r} cannot be understood" if argv else "what is to be done?"
-    raise Wrong(f"{what}; there are\n{USAGE}")
+        case ["bug", number, path] if number in numbers:
+            write(path, bug_file(int(number)))
+            print(f"Find the bug, mend it, then: python classroom/exercises.py check "
+                  f"all {path}")
+        case ["check", which, path] if which in names:
+            chosen = ALL if which == "all" else (which,)
+            if Path(path).is_dir():
+                return check_folder(Path(path), chosen, pattern, as_json)
+            if not Path(path).exists():
+                raise Wrong(f"there is no file {path}")
+            return check_file(Path(path), chosen)
+        case _:
+            raise Wrong(f"{' '.join(words)!r} cannot be understood; there are\n{USAGE}")
+    return 0
 
 
 def main(argv: list[str]) -> int:
-    """list | make | check | bug → 0 passed or done, 1 failed, 2 bad usage."""
+    """→ 0 passed or done, 1 failed, 2 bad usage or nothing graded."""
     for stream in (sys.stdout, sys.stderr):      # a terminal that cannot show θ gets ?
         getattr(stream, "reconfigure", dict)(errors="replace")
+    parser = argparse.ArgumentParser(
+        prog="exercises.py", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--pattern", default="*.py", metavar="GLOB",
+                        help="of a folder, grade the files with such names only")
+    parser.add_argument("--json", action="store_true", help="of a folder, no CSV")
+    options = parser.parse_args(argv)
     try:
-        return command(list(argv))
+        return command(options.words, options.pattern, options.json)
     except Wrong as error:
         print(f"exercises.py: {error}", file=sys.stderr)
     return 2

@@ -4,25 +4,28 @@
     python figures/measure.py cg RUN/checkpoint.pt tasks=8 out=DIR  runs one of them
 
 A word with an equals sign is a setting: `out` is the folder to write to (default: this
-one), every other name is an argument of the command or a field of `Config`. The program
-itself never imports this file.
+one), every other name is an argument of the command or a field of `Config`. Everything
+runs in one process, except for `benchmark`. The program itself never imports this file.
 """
 import ast
 import csv
+import io
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from unittest import mock
+from typing import NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.wrappers.vector import TransformReward
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -33,33 +36,67 @@ import maml_trpo as mt  # noqa: E402  (found only now that the folder above is s
 
 
 def loaded(start, **settings):
-    """Config, family, policy and state of a checkpoint, or of a task before training.
+    """Config, family, policy and θ of a checkpoint, or of a task before training.
 
     `start` is a file or a task's name; the settings take the place of the config's.
     """
     if start in mt.TASKS:
-        config, state = mt.Config(task=start), None
+        config = mt.Config(task=start, **settings)
+        theta = first_theta(config)
     else:
         config, state = mt.load_checkpoint(Path(start))
-    config = mt.complete(replace(config, **settings))
+        config, theta = replace(config, **settings), state.theta
+    family = mt.family_of(config)
+    return config, family, mt.make_policy(family, config), theta
+
+
+def first_theta(config: mt.Config) -> torch.Tensor:
+    """The θ that a training with these settings begins with."""
+    return mt.train_maml(replace(config, iterations=0))[0]
+
+
+class Problem(NamedTuple):
+    """The arguments of mt.meta_gradient and mt.kl_hessian_product, in their order."""
+    policy: mt.GaussianPolicy
+    theta: torch.Tensor
+    data: list[mt.TaskData]
+    config: mt.Config
+
+    def change(self, **settings):
+        """The same data, with other settings."""
+        return self._replace(config=replace(self.config, **settings))
+
+
+def sampled(config: mt.Config, theta: torch.Tensor, tasks: int, draw=0) -> Problem:
+    """Episodes of new tasks with θ and with θ′; another `draw` gives other tasks."""
     family = mt.family_of(config)
     policy = mt.make_policy(family, config)
-    return config, family, policy, state or mt.TrainState.initial(policy, config)
-
-
-def sampled(config: mt.Config, theta: torch.Tensor, tasks: int):
-    """The policy, and data of new tasks, sampled with θ and with each task's θ′."""
-    family, key = mt.family_of(config), (config.seed, 10**6)    # no iteration's own key
-    policy = mt.make_policy(family, config)
+    alpha = mt.step_size(config.alpha, policy.std(theta), config)
+    config = replace(config, alpha=alpha)
+    key = config.seed, 10**6 + draw                           # no iteration's own key
     drawn = family.sample_tasks(mt.random_stream(*key), tasks)
-    return policy, [mt.sample_task_data(policy, theta, family, task, config, (*key, m))
-                    for m, task in enumerate(drawn)]
+    data = [mt.sample_task_data(policy, theta, family, task, config, (*key, m))
+            for m, task in enumerate(drawn)]
+    return Problem(policy, theta, data, config)
 
 
-def product(policy, theta: torch.Tensor, data: list, config: mt.Config, **settings):
-    """v ↦ H·v with some settings changed, computed once for each v."""
+def in_float64(problem: Problem) -> Problem:
+    """The same θ and data in float64; each task's old policy is computed again."""
+    policy, theta, data, config = problem
+    theta, converted = theta.double(), []
+    for one in data:
+        *inner, outer = [mt.Trajectories(*(x.double() for x in vars(step).values()))
+                         for step in (*one.inner, one.outer)]
+        theta_prime = mt.adapt(policy, theta, inner, config.alpha, False).detach()
+        old = policy.distribution(theta_prime, outer.obs)
+        converted.append(mt.TaskData(inner, outer, old))
+    return Problem(policy, theta, converted, config)
+
+
+def product(problem: Problem, hvp: str, **settings):
+    """v ↦ H·v by the named product, computed once for each v."""
+    multiply = mt.kl_hessian_product(*problem.change(hvp=hvp, **settings))
     known = {}
-    multiply = mt.kl_hessian_product(policy, theta, data, replace(config, **settings))
 
     def look_up(v):
         key = v.numpy().tobytes()
@@ -69,21 +106,28 @@ def product(policy, theta: torch.Tensor, data: list, config: mt.Config, **settin
     return look_up
 
 
-def in_float64(policy, theta: torch.Tensor, data: list, config: mt.Config):
-    """θ and the data in float64, and from them the exact product and the mean g.
+@contextmanager
+def four_panels(path: Path, width: float, height: float, x: str, y: str):
+    """Axes (2, 2) that share their scales and have one legend, written to `path`."""
+    with mt.new_figure(path, 1, width, height) as (ax,):
+        figure = ax.figure
+        figure.clear()
+        axes = figure.subplots(2, 2, sharex=True, sharey=True)
+        yield axes
+        for ax in axes.flat:
+            ax.grid(alpha=0.25)
+        figure.supxlabel(x, fontsize=10)
+        figure.supylabel(y, fontsize=10)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False,
+                      loc="outside upper center", ncols=3, fontsize=9)
 
-    The old policy of each task is computed again in float64, too.
-    """
-    theta, converted = theta.double(), []
-    for one in data:
-        *inner, outer = [mt.Trajectories(*(x.double() for x in vars(step).values()))
-                         for step in (*one.inner, one.outer)]
-        phi = mt.adapt(policy, theta, inner, config.alpha, False).detach()
-        converted.append(mt.TaskData(inner, outer, policy.distribution(phi, outer.obs)))
-    exact = product(policy, theta, converted, config, hvp="gauss-newton")
-    g = mt.mean_over_tasks(
-        lambda one: mt.meta_gradient(policy, theta, one, config.alpha), converted)
-    return (theta, converted), exact, g
+
+def print_table(header, rows) -> None:
+    """A table in Markdown; numbers have two digits after the point."""
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    for row in rows:
+        cells = [cell if isinstance(cell, str) else f"{cell:.2f}" for cell in row]
+        print("| " + " | ".join(cells) + " |")
 
 
 # %% fd-error: how wrong a finite difference is
@@ -96,39 +140,32 @@ def fd_error(words, out, iterations=12, tasks=4, **settings):
     iteration, float32 and float64, one-sided and symmetric; the product with g.
     """
     panels = [("relu", 0), ("tanh", 0), ("relu", iterations), ("tanh", iterations)]
-    rows, settings = [], dict(meta_batch_size=10, workers=1) | settings
+    rows, settings = [], dict(meta_batch_size=10) | settings
     for activation, after in panels:
-        config = mt.complete(mt.Config(activation=activation, iterations=after,
-                                       **settings))
+        config = mt.Config(**settings, activation=activation, iterations=after)
         theta, _ = mt.train_maml(config)
-        rows += [(activation, after, *row) for row in fd_errors(config, theta, tasks)]
+        rows += [(activation, after, *row)
+                 for row in fd_errors(sampled(config, theta, tasks))]
     mt.write_csv(out / "fd-error.csv", (
         "activation", "iterations", "dtype", "difference", "step", "error"), rows)
-    figure, _ = mt.new_figure(1, 8.0, 6.4)
-    figure.clear()
-    axes = figure.subplots(2, 2, sharex=True, sharey=True)
-    for ax, panel in zip(axes.flat, panels):
-        draw_fd_error(ax, *panel, [row[2:] for row in rows if row[:2] == panel])
-    figure.supxlabel("length of the move in θ, ‖εv‖", fontsize=10)
-    figure.supylabel("relative error of H·v", fontsize=10)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center",
-                  ncols=3, frameon=False, fontsize=9)
-    figure.savefig(out / "fd-error.png")
+    with four_panels(out / "fd-error.png", 8.0, 6.4, "length of the move in θ, ‖εv‖",
+                     "relative error of H·v") as axes:
+        for ax, panel in zip(axes.flat, panels):
+            draw_fd_error(ax, *panel, [row[2:] for row in rows if row[:2] == panel])
 
 
-def fd_errors(config: mt.Config, theta: torch.Tensor, tasks: int):
+def fd_errors(problem: Problem):
     """Yields (dtype, difference, step, error), and the authors' moves in one CG."""
-    policy, data = sampled(config, theta, tasks)
-    in_64, exact, g = in_float64(policy, theta, data, config)
+    in_64 = in_float64(problem)
+    g, exact = mt.meta_gradient(*in_64), product(in_64, "gauss-newton")
 
     def error(x):
         return float((x.double() - exact(g)).norm() / exact(g).norm())
 
-    for dtype, problem in (("float32", (theta, data)), ("float64", in_64)):
-        v = g.to(problem[0].dtype)
+    for dtype, one in (("float32", problem), ("float64", in_64)):
+        v = g.to(one.theta.dtype)
         for step in np.geomspace(1e-6, 1, 13):
-            one_sided = product(policy, *problem, config, hvp="finite-difference",
-                                fd_step=float(step))
+            one_sided = product(one, "finite-difference", fd_step=step)
             yield dtype, "one-sided", step, error(one_sided(v))
             # H·v ≈ (∇k(θ + εv) − ∇k(θ − εv)) / 2ε
             yield dtype, "symmetric", step, error((one_sided(v) - one_sided(-v)) / 2)
@@ -136,7 +173,7 @@ def fd_errors(config: mt.Config, theta: torch.Tensor, tasks: int):
     for n in range(10):
         _, r = mt.conjugate_gradient(exact, g, n, 0.0)
         p, r_before = r + (r @ r) / (r_before @ r_before) * p, r
-        yield "", "authors", float(p.norm() / theta.norm()), ""
+        yield "", "authors", float(p.norm() / in_64.theta.norm()), ""
 
 
 def draw_fd_error(ax, activation: str, after: int, rows: list) -> None:
@@ -144,8 +181,8 @@ def draw_fd_error(ax, activation: str, after: int, rows: list) -> None:
     moves = [step for _, name, step, _ in rows if name == "authors"]
     ax.axvspan(min(moves), max(moves), color="#f2c94c", alpha=0.35, linewidth=0,
                label="authors' moves, ‖v‖/‖θ‖ during one CG")
-    ax.axvline(mt.Config().fd_step, color="black", linestyle=":", linewidth=1.5,
-               label=f"our step, {mt.Config().fd_step}")
+    ours = mt.Config().fd_step
+    ax.axvline(ours, color="black", linestyle=":", label=f"our step, {ours}")
     for dtype, color, width in (("float32", "#f0a868", 4.5),
                                 ("float64", "#1f4f8f", 1.4)):
         for name, style in (("one-sided", "-"), ("symmetric", "--")):
@@ -153,66 +190,70 @@ def draw_fd_error(ax, activation: str, after: int, rows: list) -> None:
             ax.plot(*zip(*points), style, color=color, linewidth=width,
                     label=f"{dtype}, {name}")
     ax.set(xscale="log", yscale="log", ylim=(1e-9, 1e3))
-    ax.grid(alpha=0.25)
     where = f"after {after} meta-iterations" if after else "at initialisation"
     ax.set_title(f"{dict(relu='ReLU', tanh='tanh')[activation]}, {where}", fontsize=10)
 
 
 # %% cg: what more iterations of conjugate gradient are worth
 
-CG_CURVES = {"differences": ("finite-difference", torch.float32),
-             "exact": ("gauss-newton", torch.float32),
-             "exact, float64": ("gauss-newton", torch.float64)}
+CG_CURVES = {       # name → product, dtype, colour, width: a later one lies on top
+    "exact, float64": ("gauss-newton", torch.float64, "#9fd6a8", 7.0),
+    "exact, float32": ("gauss-newton", torch.float32, "#d95f02", 3.0),
+    "differences, float32": ("finite-difference", torch.float32, "#1f4f8f", 1.2)}
+JUDGES = ("the same tasks", "other tasks")
 
 
-def cg(words, out, tasks=20, most=15, name="cg", **settings):
-    """True progress of a step against CG's iterations (5 minutes; PNG, CSV).
+def cg(words, out, tasks=20, draws=3, most=15, **settings):
+    """True progress of a step against CG's iterations (15 minutes; PNG, CSV).
 
     Word: a checkpoint (default: figures/point2d-seed0/checkpoint.pt). Progress is the
     predicted fall of the surrogate at a given KL, gᵀx/√(xᵀHx), with the exact H in
-    float64, whichever product CG used: of the tasks whose g and H made x, and of other
-    tasks. Two panels: the run's first θ and its last. `name` names the files.
+    float64, whichever product CG used. It is judged with g and H of the tasks that made
+    x, and with those of as many other tasks. The means over `draws` sets of tasks are
+    drawn, for the run's first θ and for its last.
     """
     start, *_ = words or [HERE / "point2d-seed0" / "checkpoint.pt"]
-    config, _, policy, state = loaded(start, **settings)
-    thetas = {"the first θ": mt.TrainState.initial(policy, config).theta,
-              f"θ after {state.iteration} meta-iterations": state.theta}
+    config, *_, theta = loaded(start, **settings)
+    thetas = {"the first θ": first_theta(config),
+              f"θ after {config.iterations} meta-iterations": theta}
     rows = []
     for title, theta in thetas.items():
-        rows += [(title, *row) for row in cg_progress(config, theta, tasks, most)]
-    mt.write_csv(out / f"{name}.csv", ("theta", "product", "judged_on", "iterations",
-                                       "progress"), rows)
-    figure, axes = mt.new_figure(2, 8.6, 4.2)
-    for ax, title in zip(axes, thetas):
-        for k, label in enumerate(CG_CURVES):
-            for tasks, style in (("the same tasks", "o-"), ("other tasks", "^--")):
-                points = [row[3:] for row in rows if row[:3] == (title, label, tasks)]
-                ax.plot(*zip(*points), style, color=f"C{k}", markersize=4,
-                        label=f"{label}; judged on {tasks}")
-        ax.set(ylim=(0, None), xlabel="iterations of conjugate gradient", title=title)
-    axes[0].set_ylabel("true progress, gᵀx / √(xᵀHx)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=3, frameon=False, fontsize=8)
-    figure.savefig(out / f"{name}.png")
+        for draw in range(draws):
+            problem = sampled(config, theta, tasks, draw)
+            others = sampled(config, theta, tasks, draw + 1000)
+            rows += [(title, *row[:2], draw, *row[2:])
+                     for row in cg_progress(problem, others, most)]
+    mt.write_csv(out / "cg.csv", ("theta", "judged_on", "product", "draw", "iterations",
+                                  "progress"), rows)
+    panels = [(title, judge) for judge in JUDGES for title in thetas]
+    with four_panels(out / "cg.png", 8.6, 6.4, "iterations of conjugate gradient",
+                     "true progress, gᵀx / √(xᵀHx)") as axes:
+        for ax, panel in zip(axes.flat, panels):
+            for label, (_, _, color, width) in CG_CURVES.items():
+                progress = [row[-1] for row in rows if row[:3] == (*panel, label)]
+                mean = np.reshape(progress, (draws, most)).mean(0)
+                ax.plot(range(1, most + 1), mean, color=color, linewidth=width,
+                        label=label)
+            ax.axhline(0, color="black", linewidth=0.8)
+            ax.set_title(", judged on ".join(panel), fontsize=10)
+            ax.xaxis.get_major_locator().set_params(integer=True)
 
 
-def cg_progress(config: mt.Config, theta: torch.Tensor, tasks: int, most: int):
-    """Yields (product, tasks it is judged on, iterations of CG, progress)."""
-    policy, data = sampled(config, theta, tasks)
-    _, others = sampled(replace(config, seed=config.seed + 1000), theta, tasks)
-    in_64, exact, g = in_float64(policy, theta, data, config)
-    _, *others_judge = in_float64(policy, theta, others, config)
-    judges = {"the same tasks": (exact, g), "other tasks": others_judge}
-    for label, (hvp, dtype) in CG_CURVES.items():
-        problem = in_64 if dtype == torch.float64 else (theta, data)
-        multiply = product(policy, *problem, config, hvp=hvp)
-        for n in range(1, most + 1):
-            x, _ = mt.conjugate_gradient(lambda v: multiply(v) + config.damping * v,
-                                         g.to(dtype), n, config.cg_tolerance)
-            x = x.double()
-            for name, (exact, its_g) in judges.items():
-                xHx = x @ (exact(x) + config.damping * x)
-                yield label, name, n, float(its_g @ x / xHx.sqrt())
+def cg_progress(problem: Problem, others: Problem, most: int):
+    """Yields (tasks it is judged on, product, iterations of CG, progress)."""
+    in_64, damping = in_float64(problem), problem.config.damping
+    judges = [(name, mt.meta_gradient(*one), product(one, "gauss-newton"))
+              for name, one in zip(JUDGES, (in_64, in_float64(others)))]
+    g = judges[0][1]
+    for label, (hvp, dtype, *_) in CG_CURVES.items():
+        multiply = product(in_64 if dtype == torch.float64 else problem, hvp)
+        steps = [mt.conjugate_gradient(lambda v: multiply(v) + damping * v, g.to(dtype),
+                                       n, problem.config.cg_tolerance)[0].double()
+                 for n in range(1, most + 1)]
+        for name, its_g, exact in judges:
+            for n, x in enumerate(steps, 1):
+                xHx = x @ (exact(x) + damping * x)
+                yield name, label, n, float(its_g @ x / xHx.sqrt())
 
 
 # %% costs and benchmark: where the time goes
@@ -220,23 +261,20 @@ def cg_progress(config: mt.Config, theta: torch.Tensor, tasks: int, most: int):
 
 def costs(words, out, repeats=40, **settings):
     """What each Hessian-vector product costs on one task (1 minute; printed)."""
-    config = mt.complete(mt.Config(**dict(iterations=0, workers=1) | settings))
-    theta, _ = mt.train_maml(config)
-    policy, data = sampled(config, theta, 1)
-    one = policy, theta, data[0], config.alpha
-    v = mt.meta_gradient(*one)
-    functions = {}
-    for name, hvp in (("difference", "finite-difference"),
-                      ("double backprop", "double-backprop"),
-                      ("Gauss–Newton, graphs kept", "gauss-newton")):
-        multiply = mt.kl_hessian_product(policy, theta, data, replace(config, hvp=hvp))
-        functions[name] = partial(multiply, v)
-    functions["making these graphs, once for all of CG"] = partial(mt.keep_graphs, *one)
+    config = mt.Config(**settings)
+    theta = first_theta(config)
+    problem = sampled(config, theta, 1)
+    one_task = problem.policy, theta, problem.data[0], config.alpha
+    functions = {"making Gauss–Newton's graphs, once for all of CG":
+                 partial(mt.gauss_newton_product, *one_task)}
+    g = mt.meta_gradient(*problem)
+    for hvp in ("gauss-newton", "double-backprop", "finite-difference"):
+        functions[hvp] = partial(mt.kl_hessian_product(*problem.change(hvp=hvp)), g)
     times = interleaved(functions, repeats)
-    print(f"| one task, {int(data[0].outer.mask.sum()):,} samples, {theta.dtype}, one "
-          "thread | ms | over one difference |\n|---|---|---|")
-    for name, t in times.items():
-        print(f"| {name} | {1e3 * t:.1f} | {t / times['difference']:.2f} |")
+    steps = int(problem.data[0].outer.mask.sum())
+    print_table((f"one task, {steps:,} samples, one thread", "ms", "differences"), [
+        (name, 1e3 * seconds, seconds / times["finite-difference"])
+        for name, seconds in times.items()])
 
 
 def interleaved(functions: dict, repeats: int, warm_up: int = 3) -> dict[str, float]:
@@ -244,81 +282,97 @@ def interleaved(functions: dict, repeats: int, warm_up: int = 3) -> dict[str, fl
     times = {name: [] for name in functions}
     for _ in range(warm_up + repeats):
         for name, function in functions.items():
-            watch = mt.Stopwatch()
+            started = time.perf_counter()
             function()
-            times[name].append(watch.lap())
+            times[name].append(time.perf_counter() - started)
     return {name: float(np.median(laps[warm_up:])) for name, laps in times.items()}
 
 
-def one_process(words, out, **settings):
-    """Called by `benchmark`: one process's seconds and memory (printed as JSON)."""
-    with mt.process_group():
-        _, rows = mt.train_maml(mt.Config(**settings))
-    peak = 1.024e-6 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux: KiB
-    medians = {name: float(np.median([row[name] for row in rows[1:]]))
-               for name in rows[0]}
-    print(json.dumps(medians | {"gigabytes": peak}), flush=True)
+CLOCKED = (                                        # part of an iteration, its functions
+    ("sampling", mt, "map_over_tasks"), ("gradient", mt, "meta_gradient"),
+    ("CG", mt, "kl_hessian_product"), ("CG", mt, "conjugate_gradient"),
+    ("line search", mt, "backtrack_line_search"),
+    ("waiting", torch.distributed, "all_reduce"),
+    ("waiting", torch.distributed, "all_gather_object"))
 
 
-def print_iterations(title: str, ways=("1 worker", "2 workers", "2 ranks"), **settings):
-    """A meta-iteration by part, each way in fresh processes, the ranks by torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for way in ways:
-        given = settings | dict(workers=2 if way == "2 workers" else 1)
-        printed = subprocess.run(
-            [sys.executable, *(torchrun if way == "2 ranks" else []), __file__,
-             "one-process", *(f"{name}={x}" for name, x in given.items())],
-            stdout=subprocess.PIPE, check=True, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
-        found = [json.loads(one) for one in re.findall(r"{.*?}", printed)]  # of ranks
-        parts = " + ".join(f"{part} {found[0]['seconds_' + part]:.2f}" for part in
-                           ("sampling", "gradient", "cg", "line_search"))
-        peak = " + ".join(f"{one['gigabytes']:.2f}" for one in found)
-        print(f"  {title:17} {way:9} {found[0]['seconds_total']:6.2f} s = {parts}; "
-              f"at most {peak} GB", flush=True)
+def clocked(function, part: str, laps: list):
+    """The same function; its seconds are added to `part` of the last lap."""
+    def run(*values, **named):
+        started = time.perf_counter()
+        try:
+            return function(*values, **named)
+        finally:
+            laps[-1][part] += time.perf_counter() - started
+    return run
+
+
+def one_run(words, out, processes=1, **settings):
+    """Called by `benchmark`: an iteration's seconds and the memory (printed as JSON).
+
+    The first process is clocked; the others are the plain program.
+    """
+    laps = [defaultdict(float)]          # before the first iteration, then one for each
+    for part, module, name in CLOCKED:
+        setattr(module, name, clocked(getattr(module, name), part, laps))
+
+    def report(state):
+        if state.rows:
+            laps[-1]["iteration"] = state.rows[-1]["seconds"]
+        laps.append(defaultdict(float))
+
+    config = mt.Config(**settings)
+    with mt.processes(processes):
+        mt.exchange_job(config)
+        mt.train_maml(config, report=report)
+    found = {part: np.median([lap[part] for lap in laps[2:-1]])
+             for part in ("iteration", *(part for part, *_ in CLOCKED))}
+    found["gigabytes"] = [1.024e-6 * resource.getrusage(who).ru_maxrss   # Linux: KiB
+                          for who in (resource.RUSAGE_SELF,
+                                      resource.RUSAGE_CHILDREN)[:processes]]
+    print(json.dumps(found))
 
 
 def benchmark(words, out, **settings):
-    """Seconds of a meta-iteration by part, and of products (6 minutes; printed).
+    """Seconds of a meta-iteration and of its parts (half a minute; printed).
 
-    With settings, such as `task=cheetah-dir iterations=3 meta_batch_size=40`, only a
-    meta-iteration of these. Nothing else may run meanwhile.
+    Medians over the iterations after the first, in one process and in two. Settings are
+    those of the training, such as `task=cheetah-dir iterations=3`. What is waited for
+    the other process is a share of the parts. Nothing else may run meanwhile.
     """
-    print(f"{mt.available_cores()} cores. Seconds of a meta-iteration, medians:")
-    if settings:
-        return print_iterations("as given", **settings)
-    print_iterations("point2d", task="point2d", iterations=10)
-    print_iterations("exact products", ("2 workers",), task="point2d", iterations=4,
-                     hvp="gauss-newton")
-    print_iterations("cheetah-dir", task="cheetah-dir", iterations=4, horizon=100,
-                     meta_batch_size=20)
+    settings = dict(task="point2d", iterations=10) | settings
+    mt.Config(**settings)                                    # complains, if it must
     a, b = torch.randn(2000, 100), torch.randn(100, 100)
     seconds = interleaved({"product": lambda: [a @ b for _ in range(20)]}, 50)
-    print("A product (2000×100)·(100×100) in float32, one core: "
-          f"{20 * 2 * 2000 * 100 * 100 / seconds['product'] / 1e9:.0f} GFLOP/s")
-    costs([], out)
+    speed = 20 * 2 * 2000 * 100 * 100 / seconds["product"] / 1e9
+    print(f"{mt.available_cores()} cores; a product (2000×100)·(100×100) in float32 "
+          f"runs at {speed:.0f} GFLOP/s on one of them")
+    words = [f"{name}={value}" for name, value in settings.items()]
+    print(*words)
+    for processes in (1, 2):
+        printed = subprocess.run(
+            [sys.executable, __file__, "one-run", f"processes={processes}", *words],
+            stdout=subprocess.PIPE, text=True, check=True).stdout
+        found = json.loads(printed)
+        memory = " + ".join(f"{x:.2f}" for x in found.pop("gigabytes"))
+        whole, waiting = found.pop("iteration"), found.pop("waiting")
+        parts = " + ".join(f"{part} {x:.2f}" for part, x in found.items())
+        print(f"  {processes} process{'es' * (processes > 1):2} {whole:6.2f} s = "
+              f"{parts}; of it {waiting:.2f} waiting; at most {memory} GB", flush=True)
 
 
 # %% what-matters: what a choice does to the result
 
-
-CHOICES = {       # name → settings, and functions that take the place of maml_trpo's
+CHOICES = {
     "the defaults": {},
     "first order": dict(first_order=True),
     "ratio inner loss": dict(inner_loss="ratio"),
     "exact products": dict(hvp="gauss-newton"),
+    "products with all tasks": dict(curvature_tasks=20),
     "λ 1 (authors' code)": dict(lam=1.0),
     "10 iterations of CG": dict(cg_iterations=10),
     "two inner steps": dict(inner_steps=2),
-    "reward: squared distance (paper)": dict(TASKS=mt.TASKS | {"point2d": replace(
-        mt.TASKS["point2d"], make_envs=lambda K: TransformReward(
-            mt.Point2D(K), lambda reward: -reward**2))}),
-    "α 0.5 (authors' run)": dict(alpha=0.5),
-    "baseline 0 (fit after use)": dict(     # a new task has no earlier episodes to fit
-        gae=lambda rew, values, mask, gamma, lam: mt.discounted_returns(
-            rew * mask, gamma * lam) * mask),
-    "raw advantages, α 0.02": dict(alpha=0.02, standardise=lambda adv, mask: adv),
-}
+    "α 0.5 (authors' run)": dict(alpha=0.5)}
 CHOICE_COLUMNS = ("choice", "seed", "return_0", "return_1", "return_2", "return_3",
                   "skipped", "std", "seconds_per_iteration", "settings")
 
@@ -329,116 +383,111 @@ def what_matters(words, out, seeds=(0, 1, 2), **settings):
     Words: some of the choices (default: all). A row that stands in the CSV with the
     same settings is not computed again; `seeds=3,4` takes other seeds.
     """
-    path, shown = out / "what-matters.csv", {}
+    path, shown = out / "what-matters.csv", []
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     known = {(row[0], row[1], row[-1]): row
              for row in list(csv.reader(text.splitlines()))[1:]}
     for name in words or CHOICES:
         if name not in CHOICES:
             raise mt.BadInput(f"unknown choice {name!r}: take {', '.join(CHOICES)}")
-        changes = dict(CHOICES[name])
-        replaced = {key: changes.pop(key) for key in list(changes)
-                    if not hasattr(mt.Config, key)}
-        for seed in seeds:
-            config = mt.complete(mt.Config(**settings | changes | dict(seed=seed)))
+        rows = []
+        for seed in np.atleast_1d(seeds).tolist():
+            config = mt.Config(**settings | CHOICES[name] | dict(seed=seed))
             key = (name, str(seed), json.dumps(mt.settings_of(config)))
             if key not in known:
-                numbers = [f"{x:.4g}" for x in train_with(config, replaced)]
+                numbers = [f"{x:.4g}" for x in outcome(config)]
                 print(name, seed, *numbers, flush=True)
                 known[key] = [*key[:2], *numbers, key[2]]
                 mt.write_csv(path, CHOICE_COLUMNS, list(known.values()))
-            shown.setdefault(name, []).append(known[key])
-    print_choices(shown)
+            rows.append(known[key])
+        numbers = np.array([row[2:8] for row in rows], float)
+        shown.append((name, ", ".join(row[1] for row in rows), *numbers.mean(0),
+                      ", ".join(row[3] for row in rows)))
+    print_table(("choice", "seeds", "0 steps", "1", "2", "3", "skipped", "last std",
+                 "after 1 step, seed by seed"), shown)
 
 
-def train_with(config: mt.Config, replaced: dict) -> tuple[float, ...]:
+def outcome(config: mt.Config) -> tuple[float, ...]:
     """Returns after 0 to 3 steps, steps skipped, last std, seconds an iteration."""
-    family = mt.TASKS[config.task]            # evaluation keeps the reward as it was
-    with mock.patch.dict(vars(mt), replaced):
-        try:
-            theta, rows = mt.train_maml(config)
-            returns = mt.evaluate(config, theta, family).mean(0)
-        except mt.Diverged:
-            return (np.nan,) * 7
+    try:
+        theta, rows = mt.train_maml(config)
+        returns = mt.evaluate(config, theta).mean(0)
+    except mt.Diverged:
+        return (np.nan,) * 7
     skipped = sum(row["line_search_steps"] == 0 for row in rows)
-    seconds = np.median([row["seconds_total"] for row in rows])
+    seconds = np.median([row["seconds"] for row in rows])
     return (*returns, skipped, rows[-1]["std_mean"], seconds)
 
 
-def print_choices(shown: dict[str, list]) -> None:
-    """The table for README.md: means over the seeds, and each seed after one step."""
-    print("\n| choice | seeds | 0 steps | 1 | 2 | 3 | after 1 step, seed by seed "
-          "| skipped |\n" + "|---" * 8 + "|")
-    for name, rows in shown.items():
-        numbers = np.array([row[2:7] for row in rows], float)
-        means = " | ".join(f"{x:.2f}" for x in numbers[:, :4].mean(0))
-        print(f"| {name} | {', '.join(row[1] for row in rows)} | {means} | "
-              + ", ".join(f"{x:.2f}" for x in numbers[:, 1])
-              + f" | {numbers[:, 4].sum():.0f} |")
+# %% seeds and share: what finished runs amount to
 
 
-# %% seeds, time-to-result, finetune: how sure, how fast, with which step size
+def evaluations(words):
+    """The runs' task, their methods, and their tables (tasks, steps + 1)."""
+    if not words:
+        raise mt.BadInput("name the runs' folders, such as figures/point2d-seed*")
+    task = mt.read_config(Path(words[0])).task
+    return task, *zip(*[mt.read_evaluation(Path(word), task) for word in words])
 
 
 def seeds(words, out, name=None):
     """Several seeds of one task: mean, interval, every seed (seconds; PNG, printed).
 
     Words: the runs' folders. The 95 % interval is a bootstrap over seeds with 10,000
-    resamples; of two or three seeds it is their range. `name` names the file.
+    resamples; of two or three seeds it is their range. The picture shows returns minus
+    the paper's, which makes one scale serve all steps. `name` names the file.
     """
-    if not words:
-        raise mt.BadInput("name the runs' folders, such as figures/point2d-seed*")
-    task = json.loads((Path(words[0]) / "config.json").read_text("utf-8"))["task"]
-    methods, tables = zip(*[mt.read_evaluation(Path(word), task) for word in words])
+    task, methods, tables = evaluations(words)
     if len(set(methods)) > 1:
         raise mt.BadInput(f"these runs are of several methods: {', '.join(methods)}")
-    per_seed = np.mean(tables, axis=1)                                 # (seeds, steps)
+    paper = mt.paper_rows(task)[methods[0]]
+    per_seed = np.mean(tables, axis=1)[:, :len(paper)]                 # (seeds, steps)
     drawn = np.random.default_rng(0).integers(len(words), size=(10_000, len(words)))
     interval = np.percentile(per_seed[drawn].mean(axis=1), [2.5, 97.5], axis=0)
-    paper, steps = mt.PAPER[task][methods[0]], range(per_seed.shape[1])
-    print("| run | " + " | ".join(map(str, steps)) + " |\n|---" + "|---" * len(steps)
-          + "|")
-    for label, row in [*zip([Path(word).name for word in words], per_seed),
-                       ("mean", per_seed.mean(0)), *zip(("2.5 %", "97.5 %"), interval),
-                       ("paper", paper)]:
-        print(f"| {label} | " + " | ".join(f"{x:.2f}" for x in row) + " |")
-    figure, axes = mt.new_figure(len(steps), 2.3 * len(steps), 3.4)
-    for k, ax in enumerate(axes):
-        returns, mean = per_seed[:, k], per_seed[:, k].mean()
-        ax.plot(np.linspace(-0.25, 0.25, len(returns)), returns, "o", alpha=0.45,
-                label="a seed")
-        ax.errorbar(0, mean, yerr=np.abs(interval[:, [k]] - mean), capsize=5,
-                    marker="_", markersize=18, color="black", label="mean, 95 %")
-        if k < len(paper):
-            ax.axhline(paper[k], color="#c00000", linestyle="--", label="paper")
-        ax.set(xticks=[], xlim=(-0.5, 0.5), title=f"{k} step" + "s" * (k != 1))
-    axes[0].set_ylabel(f"return, {task}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=3, frameon=False, fontsize=9)
-    figure.savefig(out / f"{name or task + '-seeds'}.png")
+    mean, steps = per_seed.mean(0), np.arange(per_seed.shape[1])
+    print_table(("run", *map(str, steps)), [(label, *row) for label, row in [
+        *zip([Path(word).name for word in words], per_seed), ("mean", mean),
+        *zip(("2.5 %", "97.5 %"), interval), ("paper", paper)]])
+    path = out / f"{name or task + '-seeds'}.png"
+    with mt.new_figure(path, width=7.0) as (ax,):
+        ax.axhline(0, color="#c00000", linestyle="--", label="paper")
+        beside = np.linspace(-0.2, 0.2, len(words))[:, None]
+        ax.plot((steps + beside).ravel(), (per_seed - paper[steps]).ravel(), "o",
+                color="C0", alpha=0.5, label="a seed")
+        ax.errorbar(steps, mean - paper[steps], np.abs(interval - mean), fmt="_",
+                    color="black", markersize=20, capsize=5, label="mean, 95 %")
+        ax.set(xlabel="gradient steps", ylabel=f"{task}: return minus the paper's",
+               xticks=steps,
+               xticklabels=[f"{k}\npaper {paper[k]:.2f}" for k in steps])
+        ax.legend(frameon=False, fontsize=9)
 
 
-def time_to_result(words, out, every=2, first=10, **settings):
-    """Seconds until the return after one step passes -15, -13, -12 (minutes; printed).
+def share(words, out, oracle=None):
+    """How far towards the oracle one gradient step goes (seconds; printed).
 
-    Words: seeds (default: 0 1 2). On the paper's goals, every second iteration after
-    the tenth, outside of progress.csv's clock. Nothing else may run meanwhile.
+    Words: the runs' folders; `oracle=` is the oracle's. The share is (after one step −
+    before) / (oracle − before), of the two directions also for each.
     """
-    for seed in [int(word) for word in words] or range(3):
-        config = mt.complete(mt.Config(**settings | dict(seed=seed)))
-        marks = [-15, -13, -12]
+    if oracle is None:
+        raise mt.BadInput("oracle= names the folder of the oracle's run")
+    task, (method, *_), (*tables, goal) = evaluations([*words, oracle])
+    parts = {"all tasks": slice(None)}
+    if task.endswith("-dir"):                                        # they alternate
+        parts |= dict(forward=slice(0, None, 2), backward=slice(1, None, 2))
 
-        def look(state):
-            if state.iteration > first and (state.iteration - first) % every == 0:
-                returns = mt.evaluate(replace(config, eval_steps=1), state.theta)
-                seconds = sum(row["seconds_total"] for row in state.rows)
-                while marks and returns.mean(0)[-1] > marks[0]:
-                    print(f"seed {seed}: {marks.pop(0)} passed after {seconds:.0f} s, "
-                          f"in iteration {state.iteration}", flush=True)
+    def way(before, after, best):
+        return (after - before) / (best - before)
 
-        mt.train_maml(config, after_iteration=look)
-        for mark in marks:
-            print(f"seed {seed}: {mark} passed never", flush=True)
+    shares = [[way(*table[part, :2].mean(0), goal[part, 0].mean())
+               for part in parts.values()] for table in tables]
+    print_table(("run", *parts), [
+        *([word, *row] for word, row in zip(words, shares)),
+        ["mean", *np.mean(shares, axis=0)]])
+    paper = mt.paper_rows(task)
+    print(f"paper: {way(*paper[method][:2], *paper['oracle']):.2f}")
+
+
+# %% finetune, signal, orders, upright: what one θ does
 
 
 def finetune(words, out, tasks=20, **settings):
@@ -449,13 +498,13 @@ def finetune(words, out, tasks=20, **settings):
     """
     if not words:
         raise mt.BadInput("name a checkpoint, such as runs/NAME/checkpoint.pt")
-    config, family, policy, state = loaded(
+    config, family, policy, theta = loaded(
         words[0], **dict(eval_episodes=20, seed=2025) | settings)
     drawn = family.sample_tasks(mt.random_stream(2025), tasks)
     for alpha in words[1:] or "0.002 0.005 0.01 0.02 0.05 0.1 0.2 0.5 1 2 5".split():
         once = replace(config, eval_alpha=float(alpha))
         try:
-            table = mt.adaptation_returns(policy, state.theta, family, drawn, once)
+            table = mt.adaptation_returns(policy, theta, family, drawn, once)
             text = " ".join(f"{x:9.2f}" for x in table.mean(0))
         except mt.Diverged:
             text = "diverged"
@@ -463,25 +512,39 @@ def finetune(words, out, tasks=20, **settings):
 
 
 def signal(words, out, batches=8, **settings):
-    """How much of the inner gradient is signal, by γ and λ (minutes; printed).
+    """How much of the inner gradient is signal, for each of two tasks (printed).
 
-    Words: a checkpoint or a task's name (its first θ), then pairs such as 0.95,1. Two
-    batches of `rollouts` episodes of one task give two gradients of the inner loss: the
-    number is the mean cosine between them, over pairs of batches and two tasks.
+    Words: checkpoints, or tasks' names (their first θ). Two batches of `rollouts`
+    episodes of one task give two gradients of the inner loss: the number is the mean
+    cosine between them, over pairs of batches. `gamma=0.95 lam=1` tries other credit.
     """
-    start, *pairs = words or ["point2d"]
-    config, family, policy, state = loaded(start, **settings)
-    theta = state.theta
-    data = [[mt.task_rollout(family.envs(config.rollouts), policy, theta, task,
-                             config.horizon, (99, m, b)) for b in range(batches)]
-            for m, task in enumerate(family.test_tasks(2))]
-    for pair in pairs or ["0.99,1", "0.95,1", "0.95,0.8", "0.9,0.8", "0.8,1"]:
-        gamma, lam = map(float, pair.split(","))
-        steps = torch.stack([theta - mt.adapt(policy, theta, [mt.assign_credit(
-            one, gamma, lam)], 1.0, False) for episodes in data for one in episodes])
-        unit = (steps / steps.norm(dim=1, keepdim=True)).unflatten(0, (2, batches))
-        cosines = ((unit @ unit.mT).sum((1, 2)) - batches) / (batches**2 - batches)
-        print(f"γ {gamma:g}, λ {lam:g}: {float(cosines.mean()):5.2f}", flush=True)
+    for word in words:
+        config, family, policy, theta = loaded(word, **settings)
+        for m, task in enumerate(family.test_tasks(2)):
+            gradients = []
+            for batch in range(batches):
+                data = mt.sample_trajectories(
+                    family, task, policy, theta, config.rollouts, key=(99, m, batch),
+                    horizon=config.horizon, gamma=config.gamma, lam=config.lam)
+                gradients.append(mt.gradient(
+                    lambda t: mt.inner_loss(policy, t, data), theta))
+            unit = torch.nn.functional.normalize(torch.stack(gradients))
+            cosines = float((unit @ unit.T).sum() - batches) / (batches**2 - batches)
+            print(f"{word}, task {task}: {cosines:.2f}", flush=True)
+
+
+def orders(words, out, tasks=20, **settings):
+    """Cosine between second-order and first-order g on new tasks (seconds; printed).
+
+    Words: checkpoints, or tasks' names (their first θ).
+    """
+    for word in words:
+        config, *_, theta = loaded(word, **settings)
+        problem = sampled(config, theta, tasks)
+        second, first = [mt.meta_gradient(*problem.change(first_order=first_order))
+                         for first_order in (False, True)]
+        cosine = float(torch.cosine_similarity(second, first, dim=0))
+        print(f"{word}: {cosine:.3f} ({tasks} tasks)", flush=True)
 
 
 def upright(words, out):
@@ -490,10 +553,10 @@ def upright(words, out):
     Words: the runs' folders. The share of all steps in which its back points upwards.
     """
     for word in words:
-        config, family, policy, state = loaded(Path(word) / "checkpoint.pt")
+        config, family, policy, theta = loaded(Path(word) / "checkpoint.pt")
         for m, task in enumerate(family.test_tasks(2)):
             for step, (_, data) in zip(range(2), mt.adaptation(
-                    policy, state.theta, family, task, config, m)):
+                    policy, theta, family, task, config, m)):
                 share = float((data.obs[..., 1].cos() > 0).float().mean())
                 print(f"{word}, task {task[0]:+g}, after {step} steps: upright in "
                       f"{share:.0%} of the steps, return {data.mean_return():.1f}")
@@ -507,11 +570,11 @@ OLD = "$_\\mathrm{old}$"
 BOXES = (                                                  # x, y, text, edge
     (4, 66, " θ ", "plain"), (25, 66, "L(θ)\non D, with Â", "plain"),
     (47, 66, "∇L(θ)", "plain"), (68, 66, "θ′ =\nθ − α∇L(θ)", "plain"),
-    (91, 76, "surrogate\non D′ with Â′", "plain"),
-    (91, 57, f"k = KL(π{OLD} ‖ π$_{{θ′}}$)\non D′", "plain"),
+    (91, 76, "surrogate Uᵢ\non D′ with Â′", "plain"),
+    (91, 57, f"kᵢ = KL(π{OLD} ‖ π)\non D′", "plain"),
     (25, 45, "D, Â: numbers,\nsampled with θ", "number"),
     (66, 42, f"D′, Â′: numbers,\nsampled with θ′(θ{OLD})", "number"),
-    (91, 38, f"π{OLD}: θ′(θ{OLD}),\ndetached", "number"))
+    (91, 38, f"π{OLD}: θ′(θ{OLD}),\nwithout a graph", "number"))
 ARROWS = (                                                 # from, to, ink, bend
     (4, 70, 63, 71, "first", -0.3), (7, 66, 18.5, 66, "second", 0),
     (31.5, 66, 43, 66, "second", 0), (51, 66, 61.5, 66, "second", 0),
@@ -524,36 +587,115 @@ TEXTS = (                                                  # x, y, ink, text
     (56, 63, "second", "−α"), (58, 54.5, "third", f"× ∂ⱼκ, which is 0 at θ{OLD}"),
     (12, 66, "cut", "✂1"), (12, 74.8, "cut", "✂1"), (55.5, 66, "cut", "✂2"),
     (79, 71.7, "cut", "✂3"))
+LEGEND = (                                                 # ink, text
+    ("first", "Blue: the only way from θ to θ′ that first-order MAML knows. It takes J "
+     "to be I."),
+    ("second", "Orange: the way through ∇L. Blue and orange together make "
+     "J = I − α∇²L, in g and in the ∇k inside H·v."),
+    ("third", "Purple: a second crossing of the orange way, with the third derivative "
+     "of L. Only ∇²k has it."),
+    ("number", "Grey: numbers. Where D′ is sampled, and in the line search, θ and θ′ "
+     "are numbers, too."),
+    ("cut", "✂1: the pseudocode's copy.deepcopy makes parameters that do not know θ."),
+    ("cut", "✂2: its backward() and optim.step() let ∇L enter as numbers, outside of "
+     "any graph."),
+    ("cut", "✂3: its rewards are numbers, and the graph of its log π ends at the "
+     "copy."))
 
 
 def graph(words, out):
     """The computational graph of one meta-step, a drawing (seconds; PNG)."""
-    figure, (ax,) = mt.new_figure(1, 8.0, 3.8)
-    ax.set(xlim=(0, 100), ylim=(33, 83))
-    ax.axis("off")
-    for *ends, ink, bend in ARROWS:
-        ax.annotate("", ends[2:], ends[:2], arrowprops=dict(
-            arrowstyle="-|>", mutation_scale=13, color=INK[ink], shrinkA=0, shrinkB=0,
-            linewidth=1.2 if ink == "number" else 1.8,
-            linestyle="--" if ink == "number" else "-",
-            connectionstyle=f"arc3,rad={bend}"))
-    for x, y, text, edge in BOXES:
-        ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox=dict(
-            boxstyle="round,pad=0.8", linewidth=1.4, edgecolor=INK[edge],
-            facecolor="#eeeeee" if edge == "number" else "white",
-            linestyle="--" if edge == "number" else "-"))
-    for x, y, ink, text in TEXTS:
-        circle = dict(boxstyle="circle,pad=0.15", facecolor="white", edgecolor=INK[ink])
-        ax.text(x, y, text, color=INK[ink], fontsize=9, ha="center", va="center",
-                bbox=circle if ink == "cut" else None)
-    figure.savefig(out / "graph.png")
+    with mt.new_figure(out / "graph.png", 1, 8.0, 5.4) as (ax,):
+        ax.set(xlim=(0, 100), ylim=(12, 83))
+        ax.axis("off")
+        for *ends, ink, bend in ARROWS:
+            dashed = ink == "number"
+            ax.annotate("", ends[2:], ends[:2], arrowprops=dict(
+                arrowstyle="-|>", mutation_scale=13, shrinkA=0, shrinkB=0,
+                color=INK[ink], linewidth=1.2 if dashed else 1.8,
+                linestyle="--" if dashed else "-",
+                connectionstyle=f"arc3,rad={bend}"))
+        for x, y, text, edge in BOXES:
+            dashed = edge == "number"
+            ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox=dict(
+                boxstyle="round,pad=0.8", linewidth=1.4, edgecolor=INK[edge],
+                facecolor="#eeeeee" if dashed else "white",
+                linestyle="--" if dashed else "-"))
+        for x, y, ink, text in TEXTS:
+            circle = dict(boxstyle="circle,pad=0.15", facecolor="white",
+                          edgecolor=INK[ink])
+            ax.text(x, y, text, color=INK[ink], fontsize=9, ha="center", va="center",
+                    bbox=circle if ink == "cut" else None)
+        for line, (ink, text) in enumerate(LEGEND):
+            ax.text(1, 29 - 2.8 * line, text, color=INK[ink], fontsize=8)
+
+
+# %% film: a walker before and after one gradient step
+
+
+def filmed(name: str) -> gym.Env:
+    """A walker that keeps a picture of each step, on a floor that is large enough."""
+    env = mt.Walker(name, render_mode="rgb_array", camera_name="track", width=224,
+                    height=168)
+    model = env.unwrapped.model
+    floor = model.geom("floor")
+    model.geom_size[floor.id, :2] *= 5        # a half-cheetah runs further than 40 m
+    model.mat_texrepeat[floor.matid] *= 5
+    try:
+        env.render()
+    except Exception as error:                # of which type depends on what lacks
+        raise mt.BadInput(f"MuJoCo cannot draw here ({error!s:.80}): install EGL "
+                          f"(Debian: libegl1)") from None
+    return gym.wrappers.RenderCollection(env)
+
+
+def film(words, out, every=4, **settings):
+    """A walker before and after one gradient step (two minutes; GIF).
+
+    Words: a checkpoint, and the file to write. Of each of two held-out tasks one
+    episode with θ and one with θ′, side by side; a picture for every fourth step.
+    """
+    from matplotlib.animation import ArtistAnimation, PillowWriter
+    if len(words) != 2 or not words[1].endswith(".gif"):
+        raise mt.BadInput("name a checkpoint and a .gif, such as RUN/checkpoint.pt "
+                          "film.gif")
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")              # draws without a window
+    config, _, policy, theta = loaded(words[0], **settings)
+    if config.task not in mt.WALKERS:
+        raise mt.BadInput(f"{config.task} is no walker: see its trajectories.png")
+
+    def make_envs(K):
+        first, others = partial(filmed, config.task), partial(mt.Walker, config.task)
+        return mt.Lockstep([first] + [others] * (K - 1))
+
+    family = mt.family_of(config, replace(mt.TASKS[config.task], make_envs=make_envs))
+    films = []                                                    # (title, its frames)
+    for m, task in enumerate(family.test_tasks(2)):
+        name = f"{task[0]:.2f} m/s"
+        if config.task.endswith("-dir"):
+            name = "forward" if task[0] > 0 else "backward"
+        for when, (_, data) in zip(("before", "after one step"), mt.adaptation(
+                policy, theta, family, task, config, m)):
+            title = f"{name}, {when}: return {data.rew[0].sum():.0f}"
+            first, *_ = family.make_envs(config.eval_episodes).unwrapped.envs
+            films.append((title, first.render()[::every]))
+    with mt.new_figure(io.BytesIO(), len(films), 3.2 * len(films), 2.8) as axes:
+        pictures = [[] for _ in range(max(len(frames) for _, frames in films))]
+        for ax, (title, frames) in zip(axes, films):
+            ax.set_title(title, fontsize=11)
+            ax.axis("off")
+            for t, artists in enumerate(pictures):
+                artists.append(ax.imshow(frames[min(t, len(frames) - 1)]))
+        ArtistAnimation(axes[0].figure, pictures).save(
+            words[1], PillowWriter(fps=20 / every), dpi=72)     # as fast as in life
 
 
 # %% The command line
 
 COMMANDS = {function.__name__.replace("_", "-"): function for function in (
-    benchmark, one_process, costs, fd_error, cg, what_matters, seeds, time_to_result,
-    finetune, signal, upright, graph)}
+    benchmark, one_run, costs, fd_error, cg, what_matters, seeds, share, finetune,
+    signal, orders, upright, graph, film)}
 
 
 def value_of(text: str):
@@ -576,7 +718,7 @@ def main(argv: list[str]) -> int:
     out = Path(given.pop("out", HERE))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with mt.one_thread_each(), np.errstate(all="ignore"):
+        with mt.known_modes():
             COMMANDS[name]([word for word in rest if "=" not in word], out,
                            **{key: value_of(text) for key, text in given.items()})
     except mt.BadInput as error:
