@@ -23,11 +23,13 @@ One meta-iteration, and the function that does each line
     the steps of D′ and then over the tasks                     surrogate_and_kl
     g    = ∇U(θ_old)                                            meta_gradient
     H·v  ≈ ∇k(θ_old + εv)/ε, with H = ∇²k(θ_old); ∇k(θ_old) = 0 hessian_vector_product
+         (U, g and k take all M tasks; H may take k of the first few only)
     x    a few iterations towards Hx = g                        conjugate_gradient
-    θ   ← θ_old − c·x, the first of 15 shrinking c that passes  backtrack_line_search
+    θ   ← θ_old − c·x, with the largest c of 15 that passes     backtrack_line_search
 
 Which function holds which line of the paper's Algorithm 3, and of the listing, the
-reader's pseudocode that this file answers (its line 1 is `def task_rollout(task):`)
+reader's faulty pseudocode that this file answers. You need not have it: notes.md,
+chapter 2, says line by line what it does. Its line 1 is `def task_rollout(task):`.
     [MAML Alg.3 l.1]    [listing l.67]       initialise θ          GaussianPolicy.init
     [MAML Alg.3 l.2,11] [listing l.27,33,69] while not done        train_maml
     [MAML Alg.3 l.3]    [listing l.28]       draw tasks ~ p(T)     meta_iteration
@@ -46,7 +48,7 @@ reader's pseudocode that this file answers (its line 1 is `def task_rollout(task
                         [listing l.59]       … no closed form?     kl_old_new
                         [listing l.52,53,60] mean over tasks       mean_over_tasks
                         [listing l.61,77-78] H·v                  hessian_vector_product
-                        [listing l.62,63]    Hx ≈ g                conjugate_gradient
+                        [listing l.62,63]    towards Hx = g        conjugate_gradient
                         [listing l.65]       line search           backtrack_line_search
                         [listing l.51,66]    the new θ             trpo_meta_step
                         [listing l.29]       K, a setting          Config
@@ -66,8 +68,7 @@ Symbols (shapes stand at line ends)
     F   Fisher matrix (P,P)     E[∇log π ∇log πᵀ] over a ~ π, mean over the states of
                                 D′, at θ′; never formed
     g   gradient      (P,)      ∇U at θ_old
-    H is the number of steps in a shape, and the Hessian ∇²k(θ_old) in H·v, Hx and xᵀHx
-    (made from the first `curvature_tasks` tasks).
+    H is the number of steps in a shape, and the Hessian ∇²k(θ_old) in H·v, Hx and xᵀHx.
     x_t with an index is a state; x alone is the direction that conjugate gradient
     finds. σ is the std of the actions; σᵢ, with a task's index, that of its advantages.
 
@@ -84,7 +85,8 @@ Who runs the inner step, and what autograd sees of it (`adapt`)
 Three voices in the comments: `Paper:`; `Authors' code:`, where their repository
 (cbfinn/maml_rl) does otherwise; `Here:`, our choice. notes.md has a table of them, the
 derivations and a key to the [tags]. Part I is sections 0 to 8, the algorithm. What it
-uses of Part II are checks, and functions that share tasks among processes.
+uses of Part II are checks and presets, what makes a task family ready, and functions
+that share tasks among processes.
 """
 from __future__ import annotations
 
@@ -164,9 +166,10 @@ class Config:
     cg_tolerance: float = setting(1e-10, "CG ends at r·r below this (authors' code)")
     hvp: str = setting("finite-difference", "Hessian-vector product (paper)", (
         "finite-difference", "double-backprop", "gauss-newton"))
-    curvature_tasks: int = setting(5, "n, H is made from the first n tasks only "
-                                   "[TRPO App.C] (ours: a quarter of the time for the "
-                                   "same returns; paper: all M)")
+    curvature_tasks: int = setting(5, "n, H is made from the first n tasks only (ours: "
+                                   "a quarter of the time of CG, the same returns on "
+                                   "three seeds; authors' code all M; [TRPO App.C] "
+                                   "takes a tenth of the samples)")
     fd_step: float = setting(0.01, "length of a difference's move in θ (ours)")
     backtrack_ratio: float = setting(0.8, "line search: shrinking (authors' code)")
     backtrack_steps: int = setting(15, "trials, full step included (authors' code)")
@@ -611,7 +614,8 @@ def surrogate_and_kl(policy, theta: Tensor, task_data: TaskData, alpha: float,
 # What is approximated here, and what to keep in mind:
 # 1. D is held fixed. θ also decides which D is played, and a whole gradient would have
 #    a term for that. Paper and authors' code drop it, and so does this file.
-# 2. J contains ∇² of −mean(log π·Â), which is not the Hessian of Eq. 4's loss.
+# 2. J contains ∇² of −mean(log π·Â), which is not the Hessian of Eq. 4's loss. (1 and 2
+#    are two views of one omission: repair one of them, not both.)
 # 3. Uᵢ is a mean over timesteps, of advantages divided by the task's own σᵢ. So g is
 #    not the plain mean over tasks of Eq. 4's gradients: task i has a factor 1/(Tᵢσᵢ),
 #    with Tᵢ the mean length of D′'s episodes and σᵢ the std of their raw advantages.
@@ -622,7 +626,8 @@ def surrogate_and_kl(policy, theta: Tensor, task_data: TaskData, alpha: float,
 # %% 7. The TRPO step (TRPO §6, App. C; SpinUp TRPO lines 7-9; listing l.55-66)
 #
 # It takes the place of Algorithm 3's line 10, with the means U and k over tasks:
-#     θ = θ_old − 0.8ʲ·√(2δ / xᵀHx)·x, with Hx ≈ g and the first j that passes
+#     θ = θ_old − 0.8ʲ·√(2δ / xᵀHx)·x, x from a few iterations towards Hx = g,
+#     and the first j that passes
 # The minus is there because U is a loss. (Spinning Up's ĝ is the gradient of a return.)
 
 def gradient(function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
@@ -654,8 +659,8 @@ def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor,
 
     ε = step/‖v‖: the move in θ has length `step` whatever v's length. A difference
     would be (∇k(θ_old + εv) − ∇k(θ_old))/ε, but at θ_old ∇k is exactly 0, so that it
-    costs ONE gradient. Its error, as a share of H·v, is of the order of `step`, plus
-    what ReLU's kinks add (notes.md, 7.4).
+    costs ONE gradient. Its error, as a share of H·v, is proportional to `step`, and is
+    large where H·v is small; ReLU's kinks add to it (notes.md, 7.4).
 
     Q: Where is the third derivative that the paper avoids? [listing l.77-78]
     A: Not in the line search, which differentiates L only. Take one number for θ, and
@@ -709,7 +714,7 @@ def conjugate_gradient(hvp: Callable[[Tensor], Tensor], b: Tensor, iterations: i
        inverse. (meta_grad is a loss there; its gradient g is wanted.) Conjugate
        gradient needs products H·p only. With exact ones its n-th x minimises ½xᵀHx −
        gᵀx among the combinations of g, Hg, …, Hⁿ⁻¹g. After 5 or 10 iterations Hx is
-       still far from g, but gᵀx > 0: −x leads downhill, and H has shaped it. Damping
+       still far from g, but −x leads downhill, and H has shaped it. Damping
        (1e-5·I is added to H) keeps steps finite where the KL is flat.
     """
     x, r, p = torch.zeros_like(b), b, b
@@ -787,7 +792,9 @@ def trpo_meta_step(policy, theta: Tensor, task_data: Sequence[TaskData], config:
     hvp = kl_hessian_product(policy, theta, few, config)
     x, residual = conjugate_gradient(lambda v: hvp(v) + config.damping * v, g,
                                      config.cg_iterations, config.cg_tolerance)
-    xHx = float(x @ (g - residual))     # g − r = Hx + damping·x: damping counts, too
+    # g − r = Hx + damping·x: damping counts, too. (With differences, which are not
+    # quite linear in v, only nearly. The authors' code makes one more product.)
+    xHx = float(x @ (g - residual))
 
     after, kl, trials = before, 0.0, 0
     if 0 < xHx < math.inf:                   # otherwise the step is skipped, θ kept
@@ -858,8 +865,9 @@ def meta_iteration(policy, family: TaskFamily, state: TrainState, config: Config
 def step_size(alpha: float, std: Tensor, config: Config) -> float:
     """α, or with `alpha_follows_std` α·(σ/σ₀)², σ the geometric mean of std (A,).
 
-    The gradient of log π grows as 1/σ, and the inner gradient with it. A fixed α then
-    overshoots once σ has fallen. This α is a number: nothing differentiates it.
+    The inner step in μ grows as 1/σ, and what it does to the policy counts in units of
+    σ. So a fixed α overshoots once σ has fallen. This α is a number: nothing
+    differentiates it.
     """
     if config.alpha_follows_std:
         alpha *= (float(std.log().mean().exp()) / config.init_std) ** 2
@@ -926,7 +934,7 @@ LOCOMOTION = dict(
     horizon=(200, "paper"), eval_episodes=(20, "paper, as in training"),
     gamma=(0.95, "ours; authors' code 0.99"), lam=(1.0, "authors' code"),
     init_std=(0.5, "ours; authors' code 1.0"), cg_iterations=(10, "authors' code"),
-    curvature_tasks=(20, "all, as the paper"))
+    curvature_tasks=(20, "all, as the authors' code"))
 ANTS = LOCOMOTION | dict(
     rollouts=(40, "ant-vel ours, paper 20"), eval_episodes=(40, "as in training"),
     alpha=(0.2, "ours; paper 0.1"), eval_alpha=(0.2, "as in training"),
