@@ -628,7 +628,7 @@ def test_conjugate_gradient_is_best_in_the_krylov_space():
         basis = torch.linalg.qr(torch.stack(
             [torch.linalg.matrix_power(H, i) @ b for i in range(n)], dim=1))[0]
         best = basis @ torch.linalg.solve(basis.T @ H @ basis, basis.T @ b)
-        x, r = mt.conjugate_gradient(hvp, b, n)
+        x, r = mt.conjugate_gradient(hvp, b, n, 1e-10)
         torch.testing.assert_close(x, best, rtol=1e-7, atol=1e-8)
         torch.testing.assert_close(r, b - H @ x)
         assert len(asked) == n
@@ -646,14 +646,14 @@ def test_conjugate_gradient_stops_at_curvature_that_is_not_positive():
     H = torch.diag(torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64))
     b = torch.tensor([0.1, 5.0, 0.1], dtype=torch.float64)
     for hvp, right in ((H.matmul, b), (lambda v: v * math.nan, b), (same, 0 * b)):
-        x, r = mt.conjugate_gradient(hvp, right, 9)
+        x, r = mt.conjugate_gradient(hvp, right, 9, 1e-10)
         assert not x.any() and torch.equal(r, right)
     products = iter([2 * b, math.nan * b])
-    x, _ = mt.conjugate_gradient(lambda v: next(products), b, 9)
+    x, _ = mt.conjugate_gradient(lambda v: next(products), b, 9, 1e-10)
     assert torch.equal(x, b / 2)
 
 
-def search_along_a_line(surrogate, kl, full_step, **how):
+def search_along_a_line(surrogate, kl, full_step, ratio=0.8, trials=15):
     """δ = 0.01, from 0: → (where it ends, surrogate, KL, trials), and what was tried.
     """
     tried = []
@@ -662,7 +662,8 @@ def search_along_a_line(surrogate, kl, full_step, **how):
         tried.append(theta.item())
         return surrogate(theta.item()), kl(theta.item())
     theta, *numbers = mt.backtrack_line_search(
-        evaluate, torch.zeros(1), torch.tensor([full_step]), 0.0, 0.01, **how)
+        evaluate, torch.zeros(1), torch.tensor([full_step]), 0.0, 0.01, ratio,
+        trials)
     return [theta.item(), *numbers], tried
 
 
@@ -672,7 +673,7 @@ def test_line_search_backtracks_until_both_conditions_hold():
             (lambda x: -x, lambda x: 0.01, [1.5]),
             (lambda x: -x, lambda x: 0.01 * x, [1.5, 1.2, 0.96]),
             (lambda x: x * (x - 0.9), lambda x: 0.0, [1.5, 1.2, 0.96, 0.768])):
-        numbers, ours = search_along_a_line(surrogate, kl, 1.5, ratio=0.8)
+        numbers, ours = search_along_a_line(surrogate, kl, 1.5)
         np.testing.assert_allclose(ours, tried, rtol=1e-6)
         last = ours[-1]
         assert numbers == [last, surrogate(last), kl(last), len(tried)]
