@@ -69,8 +69,9 @@ Symbols (shapes stand at line ends)
                                 D′, at θ′; never formed
     g   gradient      (P,)      ∇U at θ_old
     H is the number of steps in a shape, and the Hessian ∇²k(θ_old) in H·v, Hx and xᵀHx.
-    x_t with an index is a state; x alone is the direction that conjugate gradient
-    finds. σ is the std of the actions; σᵢ, with a task's index, that of its advantages.
+    x is a state, as in π(a|x) and x_t; in Hx and xᵀHx it is the direction that
+    conjugate gradient finds. σ is the std of the actions; σᵢ, with a task's index, that
+    of its advantages. κ is one task's KL as a function of θ′, so kᵢ(θ) = κ(θ′(θ)).
 
 Who runs the inner step, and what autograd sees of it (`adapt`)
     sampling D′       θ without grad                        θ′ is numbers, to play D′
@@ -85,8 +86,8 @@ Who runs the inner step, and what autograd sees of it (`adapt`)
 Three voices in the comments: `Paper:`; `Authors' code:`, where their repository
 (cbfinn/maml_rl) does otherwise; `Here:`, our choice. notes.md has a table of them, the
 derivations and a key to the [tags]. Part I is sections 0 to 8, the algorithm. What it
-uses of Part II are checks and presets, what makes a task family ready, and functions
-that share tasks among processes.
+uses of Part II are checks and presets, what makes a task family ready, the two exact
+products, and functions that share tasks among processes.
 """
 from __future__ import annotations
 
@@ -156,8 +157,8 @@ class Config:
     lam: float = setting(0.9, "λ of GAE (ours: less noise; authors' code 1)")
     hidden: tuple[int, ...] = setting((100, 100), "hidden layer sizes (paper)")
     activation: str = setting("relu", "hidden units (paper: relu)", ("relu", "tanh"))
-    init_std: float = setting(1.0, "initial std of the actions, in units of their "
-                              "limit (authors' code)")
+    init_std: float = setting(1.0, "initial std of the actions, whose limit is 1 in "
+                              "every task here (authors' code)")
     max_kl: float = setting(0.05, "δ, trust region on the adapted policies (ours: "
                             "fewer iterations; authors' code 0.01)")
     damping: float = setting(1e-5, "added to H's diagonal (authors' code)")
@@ -216,9 +217,9 @@ class Point2D(VectorEnv):
 
     Paper:         the negative *squared* distance; it ends within 0.01 of the goal.
     Authors' code: −distance; it ends in the box |dx|, |dy| < 0.01
-                   [maml_rl point_env_randgoal.py]. The paper's curve begins at −40.41.
-                   On its 40 held-out goals a point that never moves scores −40.08
-                   here, and −17.8 in squared distance.
+                   [maml_rl point_env_randgoal.py]. The paper's curve begins at −40.41,
+                   and on its 40 held-out goals a point that never moves scores −40.08
+                   here, but −17.8 in squared distance: that run had the distance, too.
     Here:          as the authors' code.
     """
     MAX_STEP, GOAL_BOX = 0.1, 0.01
@@ -527,9 +528,9 @@ def inner_loss(policy, theta: Tensor, trajectories: Trajectories,
     Authors' code: a mean over timesteps, of standardised Â [maml_rl maml_npo.py].
                    A step of size α here equals one of size α/(Tσᵢ) on Eq. 4's loss,
                    with T the episodes' mean length and σᵢ the std of the raw Â of D.
-    Here:          as the authors' code. With estimator "ratio" (ProMP's LVC) log π
-                   becomes π/stop_grad(π). The inner step is the same numbers, but
-                   autograd finds another ∇²L, hence another J, in it.
+    Here:          as the authors' code. With estimator "ratio" (ProMP's low-variance
+                   curvature, LVC) log π becomes π/stop_grad(π). The inner step is the
+                   same numbers, but autograd finds another ∇²L, hence another J, in it.
     """
     log_prob = policy.distribution(theta, trajectories.obs).log_prob(trajectories.act)
     if estimator == "ratio":
@@ -602,7 +603,7 @@ def surrogate_and_kl(policy, theta: Tensor, task_data: TaskData, alpha: float,
        the meta-step. The listing also has no importance ratio π/π_old. At θ_old the
        ratio is 1, and −mean(log π·Â′) would have the same gradient. The line search
        needs *values* away from θ_old, and those of log π are no returns. With the ratio
-       they say how the return changes, as long as π and π_old visit like states.
+       they say how the return changes, as long as π and π_old visit similar states.
     """
     create_graph = theta.requires_grad and not first_order
     theta_prime = adapt(policy, theta, task_data.inner, alpha, create_graph, estimator)
@@ -615,8 +616,9 @@ def surrogate_and_kl(policy, theta: Tensor, task_data: TaskData, alpha: float,
 # What is approximated here, and what to keep in mind:
 # 1. D is held fixed. θ also decides which D is played, and a whole gradient would have
 #    a term for that. Paper and authors' code drop it, and so does this file.
-# 2. J contains ∇² of −mean(log π·Â), which is not the Hessian of Eq. 4's loss. (1 and 2
-#    are two views of one omission: repair one of them, not both.)
+# 2. J contains ∇² of −mean(log π·Â), which is not the Hessian of Eq. 4's loss. Which of
+#    1 and 2 is amiss depends on what is wanted: 1 if the inner step is an estimate from
+#    K episodes, 2 if it is the exact gradient.
 # 3. Uᵢ is a mean over timesteps, of advantages divided by the task's own σᵢ. So g is
 #    not the plain mean over tasks of Eq. 4's gradients: task i has a factor 1/(Tᵢσᵢ),
 #    with Tᵢ the mean length of D′'s episodes and σᵢ the std of their raw advantages.
@@ -666,7 +668,8 @@ def hessian_vector_product(grad_fn: Callable[[Tensor], Tensor], theta: Tensor,
     Q: Where is the third derivative that the paper avoids? [listing l.77-78]
     A: Not in the line search, which differentiates L only. Take one number for θ, and
        one task: k(θ) = κ(θ′(θ)), where κ(θ′) is the KL as a function of the adapted
-       parameters, and θ′ = θ − αL′(θ). Differentiated twice, this is
+       parameters, and θ′ = θ − αL′(θ). (A prime at θ means adapted, at L, κ and k a
+       derivative.) Differentiated twice, this is
            k″ = κ″·(1 − αL″)² − κ′·αL‴.
        There it is, as L‴, and it comes with the factor κ′. At θ_old κ has its minimum,
        so κ′ = 0, and k″ is the first part alone. With P numbers this first part is
@@ -686,8 +689,8 @@ def kl_hessian_product(policy, theta: Tensor, task_data: Sequence[TaskData],
                        config: Config) -> Callable[[Tensor], Tensor]:
     """v ↦ H·v, with H = ∇²k(θ_old), by the product that `--hvp` names.
 
-    ∇k always goes through the inner step with second derivatives and log π: for
-    k's values it makes no difference, and `--first-order` and `--inner-loss` change g.
+    ∇k always has the full J of the log π inner loss. `--first-order` and `--inner-loss`
+    change g only.
     """
     def one_task(data: TaskData, t: Tensor) -> Tensor:
         return gradient(lambda u: surrogate_and_kl(policy, u, data, config.alpha)[1], t)
@@ -781,20 +784,20 @@ def trpo_meta_step(policy, theta: Tensor, task_data: Sequence[TaskData], config:
         two_numbers = torch.zeros(2, dtype=t.dtype)
         return tuple(mean_over_tasks(one_task, task_data, like=two_numbers).tolist())
 
-    # At θ_old every ratio is 1, so Uᵢ is −mean Â′: 0 but for rounding, which the line
-    # search has in its other values, too.
+    # At θ_old every ratio is 1, so Uᵢ is −mean Â′, which is 0 but for rounding. It is
+    # computed, so that the line search compares values with like rounding.
     before = float(mean_over_tasks(lambda data: -masked_mean(
         data.outer.adv, data.outer.mask), task_data, like=theta[0]))
     g = meta_gradient(policy, theta, task_data, config)                        # (P,)
     check_finite("the meta-gradient", g)
 
-    # The first tasks of all, or this process's share of them.
+    # Those of the first n tasks that are this process's: its tasks are in their order.
     few = task_data[:len(own_tasks(config.curvature_tasks))]
     hvp = kl_hessian_product(policy, theta, few, config)
     x, residual = conjugate_gradient(lambda v: hvp(v) + config.damping * v, g,
                                      config.cg_iterations, config.cg_tolerance)
-    # g − r = Hx + damping·x: damping counts, too. (With differences, which are not
-    # quite linear in v, only nearly. The authors' code makes one more product.)
+    # g − r = Hx + damping·x: damping counts, too. With finite differences the equality
+    # holds only nearly. (The authors' code makes one more product.)
     xHx = float(x @ (g - residual))
 
     after, kl, trials = before, 0.0, 0
@@ -847,6 +850,8 @@ def meta_iteration(policy, family: TaskFamily, state: TrainState, config: Config
         config.alpha, policy.std(theta), config))
     tasks = family.sample_tasks(random_stream(config.seed, i),          # Alg.3 l.3
                                 config.meta_batch_size)
+    # `data` is of all tasks. Of several processes, number p of N has the tasks p, p+N,
+    # p+2N, …, and all of them then make the same step.
     data = map_over_tasks(lambda m: sample_task_data(                   # Alg.3 l.4-9
         policy, theta, family, tasks[m], config, (config.seed, i, m)), len(tasks))
     new_theta, step = trpo_meta_step(policy, theta, data, config)       # Alg.3 l.10

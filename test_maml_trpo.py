@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -917,7 +918,10 @@ def test_short_training_improves_the_return_after_adaptation():
     """Eight meta-iterations on the real task, by more than any noise."""
     config = tiny_config(iterations=8, rollouts=10, meta_batch_size=6, horizon=40,
                          hidden=(30, 20), cg_iterations=5, seed=1)
+    started = time.perf_counter()
     _, rows = mt.train_maml(config)
+    seconds = [row["seconds"] for row in rows]
+    assert min(seconds) > 0 and sum(seconds) <= time.perf_counter() - started
     assert rows[-1]["return_post"] > rows[0]["return_post"] + 5
     assert sum(row["line_search_steps"] == 0 for row in rows) <= 1
 
@@ -2042,6 +2046,12 @@ print(status + [mt.main(walker)])"""
         env=os.environ | dict(
             PYTHONPATH=str(HERE), MUJOCO_GL="angle", MPLBACKEND="module://nowhere",
             MATPLOTLIBRC=str(style), LC_ALL="C", PYTHONIOENCODING="latin-1"))
+    (tmp_path / "broken" / "gymnasium.py").write_text("import no_such_package")
+    bare = subprocess.run([sys.executable, HERE / "maml_trpo.py"], capture_output=True,
+                          text=True, env=os.environ | dict(
+                              PYTHONPATH=str(tmp_path / "broken"), PYTHONUTF8="1"))
+    assert bare.returncode == 2 and bare.stderr.count("\n") == 1
+    assert "no_such_package" in bare.stderr and "requirements.txt" in bare.stderr
     absent, broken, *more = done.stderr.splitlines()
     assert "pip install" in absent and "GLIBCXX_9" in broken
     assert "before ? after" in done.stdout                              # → in latin-1

@@ -599,8 +599,8 @@ LEGEND = (                                                 # ink, text
     ("cut", "✂1: the pseudocode's copy.deepcopy makes parameters that do not know θ."),
     ("cut", "✂2: its backward() and optim.step() let ∇L enter as numbers, outside of "
      "any graph."),
-    ("cut", "✂3: its rewards are numbers, and the graph of its log π ends at the "
-     "copy."))
+    ("cut", "✂3: no cut of its own. Its rewards are numbers, and its log π leads "
+     "back to the copy only."))
 
 
 def graph(words, out):
