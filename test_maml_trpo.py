@@ -2209,7 +2209,8 @@ def test_disturbed_run_ends_in_one_sentence_and_goes_on_to_the_same_end(
     run = tmp_path / "run"
 
     def disturb():
-        if what == "Ctrl-C":
+        if what == "Ctrl-C":                # which a process in the background ignores
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             os.kill(os.getpid(), signal.SIGINT)
         elif what == "other killed":
             others[-1].kill()
