@@ -1476,8 +1476,12 @@ STARTED_BY_FIRST = "--started-by-the-first-process"
 
 
 def under_torchrun() -> bool:
-    """Whether several processes were started from outside, of which this is one."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    """Whether several processes were started from outside, of which this is one.
+
+    Not if their group is somebody else's: then this one works alone.
+    """
+    several = (os.environ.get("WORLD_SIZE", "1") != "1"
+               and not torch.distributed.is_initialized())
     if several and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         raise BadInput("WORLD_SIZE is set, but not by torchrun: unset it")
     return several
@@ -1676,14 +1680,14 @@ def load_checkpoint(path: Path) -> tuple[Config, TrainState]:
         state = TrainState(**{f.name: content[f.name]
                               for f in dataclasses.fields(TrainState)})
         check_state(state)
-        P = make_policy(family_of(config), config).num_params
-        if not len(state.theta) == len(state.best_theta) == P:
-            raise ValueError(f"its θ is not {P} numbers")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except Exception as error:     # a foreign file makes torch.load raise anything
         raise BadInput(f"{path}: not a checkpoint of this program, or a damaged one "
                        f"({error!s:.100}); it was left as it is") from None
+    P = make_policy(family_of(config), config).num_params    # may say: no MuJoCo here
+    if not len(state.theta) == len(state.best_theta) == P:
+        raise BadInput(f"{path}: its θ is not {P} numbers; it was left as it is")
     return config, state
 
 

@@ -2060,6 +2060,22 @@ print(status + [mt.main(walker)])"""
     assert sorted(os.listdir(cwd)) == ["point", "walker"]
 
 
+def test_a_walkers_checkpoint_without_mujoco_is_refused_for_that(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    mt.load_mujoco.cache_clear()
+    kept = HERE / "figures" / "cheetah-dir-seed0" / "checkpoint.pt"
+    error = refused(capsys, "--evaluate", kept)
+    assert "pip install" in error and "checkpoint" not in error
+
+
+def test_rank_of_a_group_of_somebody_elses_works_alone(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
+    assert mt.under_torchrun()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert not mt.under_torchrun()
+
+
 def test_help_says_every_setting_and_its_default(capsys):
     assert mt.main(["--help"]) == 0
     said = "".join(capsys.readouterr().out.split())
