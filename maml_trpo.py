@@ -800,15 +800,16 @@ def trpo_meta_step(policy, theta: Tensor, task_data: Sequence[TaskData], config:
     # holds only nearly. (The authors' code makes one more product.)
     xHx = float(x @ (g - residual))
 
-    after, kl, trials = before, 0.0, 0
+    new_theta, after, kl, trials = theta, before, 0.0, 0
     if 0 < xHx < math.inf:                   # otherwise the step is skipped, θ kept
         full_step = -step_scale(xHx, config.max_kl) * x
-        theta, after, kl, trials = backtrack_line_search(
+        new_theta, after, kl, trials = backtrack_line_search(
             evaluate, theta, full_step, before, config.max_kl, config.backtrack_ratio,
             config.backtrack_steps)
-    return theta, dict(
+    return new_theta, dict(
         surrogate_before=before, surrogate_after=after, kl=kl, line_search_steps=trials,
-        cg_residual=float(residual.norm() / g.norm().clamp(min=1e-30)))
+        cg_residual=float(residual.norm() / g.norm().clamp(min=1e-30)),
+        surrogate_predicted=before + float(g @ (new_theta - theta)))
 
 
 # %% 8. Meta-training (MAML Alg. 3; listing l.27-69)
@@ -2018,16 +2019,17 @@ def say(*text: str) -> None:
         raise OSError(f"nothing can be printed ({error})") from None
 
 
-PROGRESS_HEADER = ("  iter   return before → after   surrogate      KL  trials  CG left"
-                   "    std    s/it     left")
+PROGRESS_HEADER = ("  iter   return before → after   surrogate predicted      KL  trials"
+                   "  CG left    std    s/it     left")
 
 
 def progress_line(row: dict[str, float], iterations: int, recent: float) -> str:
     """What is printed of an iteration; `recent`: seconds an iteration takes now."""
     minutes, seconds = divmod(round((iterations - 1 - row["iteration"]) * recent), 60)
     search = f"{row['line_search_steps']:6d}" if row["line_search_steps"] else "  none"
+    predicted = row.get("surrogate_predicted", math.nan)    # an older checkpoint: none
     return (f"{row['iteration']:6d}  {row['return_pre']:12.2f} → "
-            f"{row['return_post']:8.2f}  {row['surrogate_after']:10.5f} "
+            f"{row['return_post']:8.2f}  {row['surrogate_after']:10.5f} {predicted:9.5f} "
             f"{row['kl']:7.4f}  {search} {row['cg_residual']:8.3f} "
             f"{row['std_mean']:6.3f} {row['seconds']:7.2f}  "
             f"{minutes:3d}m{seconds:02d}s")

@@ -727,6 +727,9 @@ def test_trpo_step_equals_dense_solve_and_scale(hvp, changes):
     assert passed == [False] * j + [True]
     assert (stats["surrogate_after"], stats["kl"]) == pytest.approx(
         (float(surrogate(new)), float(kl(new))), rel=1e-6)
+    g = jacobian(mean_of(meta_objective, policy, data, config), theta)
+    assert stats["surrogate_predicted"] - stats["surrogate_before"] == pytest.approx(
+        float(g @ (new - theta)), rel=1e-6)
 
 
 def test_meta_gradient_divides_each_tasks_gradient_by_its_own_sigma():
@@ -759,6 +762,7 @@ def test_step_without_curvature_is_skipped_and_the_log_says_so(monkeypatch, fact
     for row in rows:
         assert (row["line_search_steps"], row["kl"]) == (0, 0)
         assert row["surrogate_after"] == row["surrogate_before"]
+        assert row["surrogate_predicted"] == row["surrogate_before"]
         assert not row["cg_residual"] < 1
     assert "none" in mt.progress_line(rows[0], 2, 1.0)
 
@@ -2089,9 +2093,11 @@ def test_progress_line_shows_each_number_in_its_column():
     row = dict(zip(mt.PROGRESS_COLUMNS, (
         6, -31.25, -12.75, 0.01625, -0.21375, 0.0175, 3, 0.625, 0.875, 13.25)))
     line = mt.progress_line(row, 12, 54.5)
-    assert line.split()[:-1] == ("6 -31.25 → -12.75 -0.21375 0.0175 3 0.625 0.875 "
+    assert line.split()[:-1] == ("6 -31.25 → -12.75 -0.21375 nan 0.0175 3 0.625 0.875 "
                                  "13.25").split()
     assert line.endswith("  4m32s")
+    line = mt.progress_line(row | dict(surrogate_predicted=-0.5), 12, 54.5)
+    assert line.split()[4:6] == ["-0.21375", "-0.50000"]
 
 
 def test_command_line_resumes_extends_and_compares(
@@ -2405,6 +2411,16 @@ def test_own_environment_of_the_notes_runs(tmp_path, monkeypatch):
     assert returns.shape == (5, 4) and -20 < returns.mean() < 0
     with pytest.raises(mt.BadInput, match="another task"):
         mt.evaluate(mt.Config(), theta)                       # θ is not point2d's
+
+
+def test_python_example_of_the_readme_runs(capsys):
+    """As it stands, with less training and fewer tasks."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    example = readme.split("```python\n")[1].split("```")[0].replace("\n  ", "\n").strip()
+    assert "iterations=5" in example and "eval_tasks=10" in example
+    few = "iterations=1, rollouts=2, meta_batch_size=2, curvature_tasks=1"
+    exec(example.replace("iterations=5", few).replace("tasks=10", "tasks=2"), {})
+    assert len(capsys.readouterr().out.split()) >= 4              # after 0 to 3 steps
 
 
 @text
