@@ -78,6 +78,7 @@ Who runs the inner step, and what autograd sees of it (`adapt`)
     g                 θ with grad, create_graph=True        ∂θ′/∂θ = J
     g, first order    θ with grad, create_graph=False       ∂θ′/∂θ = I
     ∇k inside H·v     θ with grad, create_graph=True        ∂θ′/∂θ = J
+    … first order     θ′ with grad, no inner step           ∂θ′/∂θ = I
     line search       θ without grad                        θ′ is numbers
     Costs, for each task: g takes one gradient through the inner step, and so does each
     H·v; each trial of the line search takes one ordinary ∇L, no gradient of U or k.
@@ -150,7 +151,7 @@ class Config:
     alpha_follows_std: bool = setting(False, "multiply α by (σ/--init-std)², with σ the"
                                       " std of the θ that the iteration starts from")
     inner_steps: int = setting(1, "inner steps in training (paper)")
-    first_order: bool = setting(False, "drop the second derivatives from g")
+    first_order: bool = setting(False, "take J = I in g and in the step's direction")
     inner_loss: str = setting("log-prob", "inner loss inside g: log π·Â (authors' code)"
                               ", or π/stop_grad(π)·Â", ("log-prob", "ratio"))
     gamma: float = setting(0.99, "γ, discount (authors' code)")
@@ -689,20 +690,26 @@ def kl_hessian_product(policy, theta: Tensor, task_data: Sequence[TaskData],
                        config: Config) -> Callable[[Tensor], Tensor]:
     """v ↦ H·v, with H = ∇²k(θ_old), by the product that `--hvp` names.
 
-    ∇k always has the full J of the log π inner loss. `--first-order` and `--inner-loss`
-    change g only.
+    ∇k always has the J of the log π inner loss, whatever `--inner-loss` says. First
+    order takes the inner step as a constant, here as in g: θ′ = θ + constant. Then J is
+    I, and the product is F·v, with F the mean of the tasks' ∇²κ at their θ′.
     """
-    def one_task(data: TaskData, t: Tensor) -> Tensor:
-        return gradient(lambda u: surrogate_and_kl(policy, u, data, config.alpha)[1], t)
+    def one_task(data: TaskData) -> Callable[[Tensor], Tensor]:
+        start = theta
+        if config.first_order:
+            start = adapt(policy, theta, data.inner, config.alpha, create_graph=False)
+            data = dataclasses.replace(data, inner=[])           # no step from θ′ on
 
-    def kl_gradient(t: Tensor) -> Tensor:
-        """∇k at t, the mean over tasks."""
-        return mean_over_tasks(lambda data: one_task(data, t), task_data, like=t)
+        def kl_gradient(t: Tensor) -> Tensor:
+            return gradient(lambda u: surrogate_and_kl(
+                policy, u, data, config.alpha)[1], t)
 
-    if config.hvp == "finite-difference":
-        return lambda v: hessian_vector_product(kl_gradient, theta, v, config.fd_step)
-    exact = EXACT_PRODUCTS[config.hvp]                                        # Part II
-    products = [exact(policy, theta, data, config.alpha) for data in task_data]
+        if config.hvp == "finite-difference":
+            return lambda v: hessian_vector_product(kl_gradient, start, v,
+                                                    config.fd_step)
+        return EXACT_PRODUCTS[config.hvp](policy, start, data, config.alpha)  # Part II
+
+    products = [one_task(data) for data in task_data]
     return lambda v: mean_over_tasks(lambda product: product(v), products, like=v)
 
 
@@ -798,7 +805,11 @@ def trpo_meta_step(policy, theta: Tensor, task_data: Sequence[TaskData], config:
                                      config.cg_iterations, config.cg_tolerance)
     # g − r = Hx + damping·x: damping counts, too. With finite differences the equality
     # holds only nearly. (The authors' code makes one more product.)
-    xHx = float(x @ (g - residual))
+    Hx = g - residual
+    if config.first_order:       # F gave the direction; the length is the KL's own
+        full = dataclasses.replace(config, first_order=False)
+        Hx = kl_hessian_product(policy, theta, few, full)(x) + config.damping * x
+    xHx = float(x @ Hx)
 
     new_theta, after, kl, trials = theta, before, 0.0, 0
     if 0 < xHx < math.inf:                   # otherwise the step is skipped, θ kept
@@ -958,7 +969,7 @@ PRESETS: dict[str, dict[str, tuple[Any, str]]] = {     # task → field → (val
         iterations=(140, "ours; authors' code 375"),
         meta_batch_size=(5, "ours; paper 40")),
     "ant-dir": ANTS | dict(
-        iterations=(300, "ours; authors' code 575"),
+        iterations=(600, "ours; authors' code 575"),
         meta_batch_size=(2, "ours, both directions; paper 40")),
 }
 LIMITS = {                                             # the usual ones, and exceptions
