@@ -837,7 +837,8 @@ def test_best_theta_is_the_one_that_was_sampled_when_the_return_after_was_highes
         goals = POINT2D.sample_tasks(mt.random_stream(13, i), 3)
         data = [mt.sample_task_data(policy, state.theta, POINT2D, goal, config,
                                     (13, i, m)) for m, goal in enumerate(goals)]
-        assert set(row) == set(mt.PROGRESS_COLUMNS) and row["iteration"] == i
+        assert set(row) == {*mt.PROGRESS_COLUMNS, "surrogate_predicted"}
+        assert row["iteration"] == i
         assert (row["return_pre"], row["return_post"]) == pytest.approx((
             np.mean([d.inner[0].rew.sum(1).mean() for d in data]),
             np.mean([d.outer.rew.sum(1).mean() for d in data])), rel=1e-6)
@@ -1923,7 +1924,8 @@ def test_a_runs_files_hold_its_numbers_and_its_settings_but_not_its_workers(trai
     assert header == ("iteration,return_pre,return_post,surrogate_before,"
                       "surrogate_after,kl,line_search_steps,cg_residual,std_mean,"
                       "seconds")
-    assert rows == [",".join(map(str, row.values())) for row in state.rows]
+    assert rows == [",".join(str(row[name]) for name in header.split(","))
+                    for row in state.rows]
     assert len(rows) == state.iteration == 2
     table = mt.evaluate(config, state.theta)
     assert (trained / "evaluation.csv").read_text().split() == [
