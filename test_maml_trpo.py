@@ -573,7 +573,8 @@ def test_kl_and_its_gradient_are_exactly_zero_at_theta_old(dtype):
 
 def one_j_problem(**changes):
     """Three tasks of point2d; tanh, float64, an α so large that J is far from I."""
-    config = tiny_config(activation="tanh", alpha=1.0, hidden=(4,), **changes)
+    config = tiny_config(activation="tanh", alpha=1.0, eval_alpha=0.3, hidden=(4,),
+                         **changes)
     return config, *sampled_problem(config)
 
 
