@@ -680,6 +680,7 @@ def test_line_search_backtracks_until_both_conditions_hold():
     """None is needed; KL alone refuses two trials, the surrogate alone three."""
     for surrogate, kl, tried in (
             (lambda x: -x, lambda x: 0.01, [1.5]),
+            (lambda x: -1e-6 * x, lambda x: 0.01, [1.5]),           # any fall will do
             (lambda x: -x, lambda x: 0.01 * x, [1.5, 1.2, 0.96]),
             (lambda x: x * (x - 0.9), lambda x: 0.0, [1.5, 1.2, 0.96, 0.768])):
         numbers, ours = search_along_a_line(surrogate, kl, 1.5)
