@@ -800,15 +800,19 @@ def trpo_meta_step(policy, theta: Tensor, task_data: Sequence[TaskData], config:
 
     # Those of the first n tasks that are this process's: its tasks are in their order.
     few = task_data[:len(own_tasks(config.curvature_tasks))]
-    hvp = kl_hessian_product(policy, theta, few, config)
-    x, residual = conjugate_gradient(lambda v: hvp(v) + config.damping * v, g,
-                                     config.cg_iterations, config.cg_tolerance)
+
+    def damped_product(config: Config) -> Callable[[Tensor], Tensor]:
+        """v ↦ H·v + damping·v"""
+        hvp = kl_hessian_product(policy, theta, few, config)
+        return lambda v: hvp(v) + config.damping * v
+
+    x, residual = conjugate_gradient(damped_product(config), g, config.cg_iterations,
+                                     config.cg_tolerance)
     # g − r = Hx + damping·x: damping counts, too. With finite differences the equality
     # holds only nearly. (The authors' code makes one more product.)
     Hx = g - residual
     if config.first_order:       # F gave the direction; the length is the KL's own
-        full = dataclasses.replace(config, first_order=False)
-        Hx = kl_hessian_product(policy, theta, few, full)(x) + config.damping * x
+        Hx = damped_product(dataclasses.replace(config, first_order=False))(x)
     xHx = float(x @ Hx)
 
     new_theta, after, kl, trials = theta, before, 0.0, 0
@@ -2030,8 +2034,8 @@ def say(*text: str) -> None:
         raise OSError(f"nothing can be printed ({error})") from None
 
 
-PROGRESS_HEADER = ("  iter   return before → after   surrogate predicted      KL  trials"
-                   "  CG left    std    s/it     left")
+PROGRESS_HEADER = ("  iter   return before → after   surrogate predicted      KL"
+                   "  trials  CG left    std    s/it     left")
 
 
 def progress_line(row: dict[str, float], iterations: int, recent: float) -> str:
@@ -2040,8 +2044,8 @@ def progress_line(row: dict[str, float], iterations: int, recent: float) -> str:
     search = f"{row['line_search_steps']:6d}" if row["line_search_steps"] else "  none"
     predicted = row.get("surrogate_predicted", math.nan)    # an older checkpoint: none
     return (f"{row['iteration']:6d}  {row['return_pre']:12.2f} → "
-            f"{row['return_post']:8.2f}  {row['surrogate_after']:10.5f} {predicted:9.5f} "
-            f"{row['kl']:7.4f}  {search} {row['cg_residual']:8.3f} "
+            f"{row['return_post']:8.2f}  {row['surrogate_after']:10.5f} "
+            f"{predicted:9.5f} {row['kl']:7.4f}  {search} {row['cg_residual']:8.3f} "
             f"{row['std_mean']:6.3f} {row['seconds']:7.2f}  "
             f"{minutes:3d}m{seconds:02d}s")
 

@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -2408,12 +2409,16 @@ def test_source_tags_of_the_code_and_of_the_notes_index_are_the_same():
         assert re.search(rf"\bQ{number}\b", notes), f"Q{number}"
 
 
+def python_example(file, heading):
+    """The first Python block after a heading, without the indent of a list."""
+    section = (HERE / file).read_text(encoding="utf-8").split(f"{heading}\n")[1]
+    return textwrap.dedent(section.split("```python\n")[1].split("```")[0])
+
+
 def test_own_environment_of_the_notes_runs(tmp_path, monkeypatch):
     """The example as it stands, with two iterations in place of twenty."""
     monkeypatch.chdir(tmp_path)
-    section = (HERE / "notes.md").read_text(encoding="utf-8").split(
-        "Your own environment\n")[1]
-    example = section.split("```python\n")[1].split("```")[0]
+    example = python_example("notes.md", "Your own environment")
     assert "iterations=20" in example
     scope: dict = {}
     few = "iterations=2, eval_tasks=5, eval_episodes=4"
@@ -2427,8 +2432,7 @@ def test_own_environment_of_the_notes_runs(tmp_path, monkeypatch):
 
 def test_python_example_of_the_readme_runs(capsys):
     """As it stands, with less training and fewer tasks."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    example = readme.split("```python\n")[1].split("```")[0].replace("\n  ", "\n").strip()
+    example = python_example("README.md", "## More")
     assert "iterations=5" in example and "eval_tasks=10" in example
     few = "iterations=1, rollouts=2, meta_batch_size=2, curvature_tasks=1"
     exec(example.replace("iterations=5", few).replace("tasks=10", "tasks=2"), {})
